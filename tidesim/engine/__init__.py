@@ -1,0 +1,1 @@
+"""The live PyTorch engine: the one part of tidesim that imports torch."""
