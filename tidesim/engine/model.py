@@ -1,0 +1,335 @@
+"""The LLaDA2 network (LLaDA2.0 and 2.1): one file that shows its shapes.
+
+Letters: N sequences, T tokens, D hidden size, V vocabulary, H query heads, G key/value heads, C head size,
+L MoE layers, E experts, K top-k, I expert width, S cached tokens.
+
+All weights are `[out, in]`. Three roundings are part of the architecture and are kept: a norm rounds to the model
+dtype before it multiplies its weight; the router works in float32 throughout; the K expert outputs of a token are
+summed in float32, in the order of their scores, and rounded once. Source: LLaDA2.0 technical report and the
+published `LLaDA2MoeModelLM` layout of its checkpoints.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tidesim.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig:
+    """What the network computes, read from a Hugging Face `config.json`; field names are those of the file."""
+
+    num_hidden_layers: int
+    first_k_dense_replace: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    num_shared_experts: int
+    n_group: int
+    topk_group: int
+    routed_scaling_factor: float
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    partial_rotary_factor: float
+    rope_theta: float
+    rms_norm_eps: float
+    vocab_size: int
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Take our fields from `config`; unknown keys are ignored, since every exporter adds its own.
+
+        Raise ModelError for a missing field or for a variant of the architecture that this file does not compute.
+        """
+        missing = sorted(name for name in cls.__dataclass_fields__ if config.get(name) is None)
+        if missing:
+            raise ModelError(f"config.json lacks {', '.join(missing)}; a LLaDA2 MoE config is expected.")
+        unsupported = {
+            "hidden_act": config.get("hidden_act", "silu") != "silu",
+            "rope_scaling": config.get("rope_scaling") is not None,
+            "use_bias": bool(config.get("use_bias", False)),
+            "use_qkv_bias": bool(config.get("use_qkv_bias", False)),
+            "use_qk_norm": not config.get("use_qk_norm", True),
+            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+            "expert_capacity": config.get("expert_capacity") is not None,
+        }
+        wrong = [f"{key}={config[key]!r}" for key, is_wrong in unsupported.items() if is_wrong]
+        if wrong:
+            raise ModelError(f"config.json asks for {', '.join(wrong)}, which this network (LLaDA2.0/2.1) has not.")
+        return cls(**{name: config[name] for name in cls.__dataclass_fields__})
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of each head that rotate; the others pass through."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+
+class Routing(NamedTuple):
+    """Which experts one MoE layer chose. Ids [T, K] in descending score; weights [T, K] float32, summing to the scale."""
+
+    expert_ids: Tensor
+    expert_weights: Tensor
+
+
+class KVCache:
+    """Keys and values of the finished blocks, per layer: [N, G, max_tokens, C]. `length` tokens are filled."""
+
+    def __init__(self, config: NetworkConfig, max_tokens: int, like: Tensor, num_sequences: int = 1) -> None:
+        shape = (num_sequences, config.num_key_value_heads, max_tokens, config.head_dim)
+        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.values = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.length = 0
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+
+class Rotary:
+    """Rotation tables by absolute position. The frequencies stay float32 whatever the model is cast to."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+        self.inv_freq = 1.0 / config.rope_theta**exponents  # [C' / 2], C' the rotating part of a head
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions.float()[:, None] * self.inv_freq.to(positions.device)  # [T, C' / 2]
+        angles = torch.cat((angles, angles), dim=-1)  # [T, C']
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the leading dimensions of each head, halves paired (not neighbours). x [N, heads, T, C]."""
+    size = cos.shape[-1]
+    turning, still = x[..., :size], x[..., size:]
+    half = torch.cat((-turning[..., size // 2 :], turning[..., : size // 2]), dim=-1)
+    return torch.cat((turning * cos + half * sin, still), dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: query head h reads key/value head h // (H / G)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, width, bias=False)
+        self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        N, T, _ = x.shape
+        heads = self.query_key_value(x).view(N, T, -1, self.head_dim).transpose(1, 2)  # [N, H + 2G, T, C]
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        query = rotate(self.query_layernorm(query), *rotary)  # [N, H, T, C]
+        key = rotate(self.key_layernorm(key), *rotary)  # [N, G, T, C]
+        if cache is not None:
+            # The rows go in behind the finished blocks; only the caller moves `length`, and so keeps or drops them.
+            end = cache.length + T
+            cache.keys[layer][:, :, cache.length : end] = key
+            cache.values[layer][:, :, cache.length : end] = value
+            key, value = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]  # [N, G, S + T, C]
+        repeats = self.num_heads // self.num_kv_heads
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # [N, H, T, C]
+        return cast(Tensor, self.dense(mixed.transpose(1, 2).reshape(N, T, -1)))
+
+
+class MLP(nn.Module):
+    """Gated MLP: the dense layers' feed-forward part, and the shared expert."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Router(nn.Module):
+    """Sigmoid router with group limit. The expert bias takes part in the choice, never in the weights."""
+
+    expert_bias: Tensor
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+        self.num_groups, self.top_groups = config.n_group, config.topk_group
+        self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
+
+    def forward(self, x: Tensor) -> Routing:
+        scores = torch.sigmoid(functional.linear(x.float(), self.weight.float()))  # [T, E]
+        choice = scores.detach() + self.expert_bias.float()
+        groups = choice.view(len(x), self.num_groups, -1)  # [T, groups, E / groups]
+        group_scores = groups.topk(2, dim=-1).values.sum(-1)  # a group is worth its two best experts
+        kept = group_scores.topk(self.top_groups, dim=-1).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
+        choice = groups.masked_fill(dropped[:, :, None], float("-inf")).flatten(1)  # [T, E]
+        expert_ids = choice.topk(self.top_k, dim=-1).indices  # [T, K]
+        weights = scores.gather(1, expert_ids)
+        if self.top_k > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(expert_ids, weights * self.scale)
+
+
+class Experts(Protocol):
+    """The routed experts of one layer, wherever they live."""
+
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum of each token's expert outputs. x [T, D] -> [T, D] float32."""
+
+
+class StackedExperts(nn.Module):
+    """All experts of a layer in two tensors, run as one padded batched matmul; trainable."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        E, D, I = config.num_experts, config.hidden_size, config.moe_intermediate_size  # noqa: E741
+        self.gate_up = nn.Parameter(torch.empty(E, 2 * I, D))
+        self.down = nn.Parameter(torch.empty(E, D, I))
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        E, (T, K) = len(self.gate_up), routing.expert_ids.shape
+        pair_experts = routing.expert_ids.flatten()  # [T * K]
+        counts = torch.bincount(pair_experts, minlength=E)
+        rows = int(counts.max())  # every expert is padded to the busiest one
+        by_expert = pair_experts.argsort(stable=True)
+        rank = torch.arange(T * K, device=x.device) - (counts.cumsum(0) - counts)[pair_experts[by_expert]]
+        slots = torch.empty_like(pair_experts)
+        slots[by_expert] = pair_experts[by_expert] * rows + rank  # where each pair's row stands in the padded batch
+        tokens = torch.full((E * rows,), T, device=x.device, dtype=torch.long)  # T: the zero row that pads
+        tokens[slots] = torch.arange(T * K, device=x.device) // K
+        padded = torch.cat((x, x.new_zeros(1, x.shape[1]))).index_select(0, tokens).view(E, rows, -1)  # [E, rows, D]
+        gate, up = torch.bmm(padded, self.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, rows, I] each
+        out = torch.bmm(functional.silu(gate) * up, self.down.transpose(1, 2)).flatten(0, 1)  # [E * rows, D]
+        picked = out.index_select(0, slots).view(T, K, -1).float()  # [T, K, D]
+        return (picked * routing.expert_weights[:, :, None]).sum(1)  # [T, D]
+
+
+class MappedExperts:
+    """Experts that stay in the mapped checkpoint file and are read one by one as they are routed to.
+
+    Nothing is copied ahead: the operating system pages weights in, so a checkpoint larger than memory runs.
+    `weights[expert]` is the (gate, up, down) of one expert, in the file's dtype.
+    """
+
+    def __init__(self, weights: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        self.weights = weights
+
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+        outputs = x.new_zeros((*routing.expert_ids.shape, x.shape[1]))  # [T, K, D]
+        for expert in routing.expert_ids.unique().tolist():
+            tokens, slots = torch.where(routing.expert_ids == expert)
+            gate, up, down = (weight.to(x.device, x.dtype) for weight in self.weights[expert])
+            rows = x[tokens]
+            hidden = functional.silu(functional.linear(rows, gate)) * functional.linear(rows, up)
+            outputs[tokens, slots] = functional.linear(hidden, down)
+        return (outputs.float() * routing.expert_weights[:, :, None]).sum(1)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared expert of one layer. `experts` is set by whoever loads the weights."""
+
+    experts: Experts
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        rows = x.flatten(0, 1)  # [N * T, D]
+        routing = self.gate(rows)
+        routed = self.experts(rows, routing).to(x.dtype).view(x.shape)
+        return routed + self.shared_experts(x), routing
+
+
+class Layer(nn.Module):
+    def __init__(self, config: NetworkConfig, is_dense: bool) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if is_dense else MoE(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> tuple[Tensor, Routing | None]:
+        x = x + self.attention(self.input_layernorm(x), rotary, mask, cache, layer)
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE):
+            out, routing = self.mlp(normed)
+            return x + out, routing
+        return x + self.mlp(normed), None
+
+
+class LLaDA2(nn.Module):
+    """The network: tokens in, hidden states and each MoE layer's routing out; `logits` for the rows that need them."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Layer(config, is_dense=layer < config.first_k_dense_replace) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = Rotary(config)
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The MoE parts, in layer order."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """Hidden states [N, T, D] after the final norm, and the routing of every MoE layer (rows N * T).
+
+        `mask` [T, S + T] is True where a token may look; None lets every token see all. With a `cache` the keys and
+        values are written behind its `length`; add T to `length` to keep them.
+        """
+        x = self.word_embeddings(tokens)  # [N, T, D]
+        rotary = self.rotary.tables(positions, x.dtype)
+        routings = []
+        for index, layer in enumerate(self.layers):
+            x, routing = layer(x, rotary, mask, cache, index)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(x), routings
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores over the vocabulary, computed in the model dtype and handed out in float32. [..., D] -> [..., V]."""
+        return cast(Tensor, self.lm_head(hidden)).float()
+
+
+def block_causal_mask(num_tokens: int, block_length: int, device: torch.device | None = None) -> Tensor:
+    """[T, T] bool: token i may look at token j iff j's block is not later than i's."""
+    blocks = torch.arange(num_tokens, device=device) // block_length
+    return blocks[:, None] >= blocks[None, :]
