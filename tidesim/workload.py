@@ -1,0 +1,312 @@
+"""Workloads: a trace reduced to what a simulator eats, how many tokens each expert got in each forward.
+
+The same recording serves two kinds of engine. With a KV cache ("block") a forward routes the rows of its own block;
+without one ("full", as the published TIDE code runs) it routes the whole prefix again. Under the block-causal mask
+the hidden states of a finished block never change, so the rows of a prefix route exactly as they did in the prefill
+forward and in the commit forwards of the finished blocks. Hence each kind of workload can be had from each kind
+of recording, exactly: by adding those rows up, or by slicing them out.
+
+Letters: F forwards, L MoE layers, E experts, K top-k, B block length, N routed rows, M segments, P prompt tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from tidesim.errors import TraceError
+
+Context = Literal["block", "full"]
+Ints = npt.NDArray[np.int64]
+
+WINDOW_ROWS = 1 << 13  # routed rows held in memory at once
+_COLUMNS = ("sequence", "block", "step", "kind", "context_tokens")
+
+
+class ForwardKind(IntEnum):
+    """What a forward is for: fill the cache with prompt blocks, denoise a block, or cache a finished block."""
+
+    PREFILL = 0
+    DENOISE = 1
+    COMMIT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Workload:
+    """How many tokens each expert got in each forward; no token, no weight, no time.
+
+    Parameters
+    ----------
+    counts : int32 [F, L, E], tokens routed to each expert.
+    kind : uint8 [F], a `ForwardKind`.
+    sequence, block, step : int32 [F]; sequences keep their number in the trace.
+    is_first_block : bool [F], whether the forward works on the first decoded block of its sequence.
+    tokens : int32 [F], rows that the forward routes.
+    context_tokens : int32 [F], cached tokens that it attends to besides.
+    logit_tokens : int32 [F], rows that go through lm_head: at most B in a denoise forward, else 0.
+    generated_tokens : tokens generated, over all sequences.
+    max_tokens : most tokens that one forward attends to, its rows and its context: the size of the KV cache.
+    context : "block" (KV cache: a forward routes its own block) or "full" (no cache: it routes the whole prefix).
+    fingerprint : that of the trace.
+    """
+
+    counts: npt.NDArray[np.int32]
+    kind: npt.NDArray[np.uint8]
+    sequence: npt.NDArray[np.int32]
+    block: npt.NDArray[np.int32]
+    step: npt.NDArray[np.int32]
+    is_first_block: npt.NDArray[np.bool_]
+    tokens: npt.NDArray[np.int32]
+    context_tokens: npt.NDArray[np.int32]
+    logit_tokens: npt.NDArray[np.int32]
+    generated_tokens: int
+    num_sequences: int
+    max_tokens: int
+    model_name: str
+    num_experts: int
+    top_k: int
+    block_length: int
+    origin: str
+    context: Context
+    fingerprint: str
+
+    @property
+    def num_forwards(self) -> int:
+        """F, the number of forwards."""
+        return len(self.counts)
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of MoE layers."""
+        return int(self.counts.shape[1])
+
+    def tiled(self, num_layers: int) -> Self:
+        """The same workload for a network of `num_layers` MoE layers: its layer i is layer i % L of this one.
+
+        Raise ValueError if `num_layers` < 1.
+        """
+        if num_layers < 1:
+            raise ValueError(f"num_layers(={num_layers}) must be >= 1.")
+        return replace(self, counts=self.counts[:, np.arange(num_layers) % self.num_layers])
+
+
+class Recording(Protocol):
+    """What a workload is made from: the parts of an open `Trace` that this module reads."""
+
+    path: Path
+    sequences: npt.NDArray[np.void]
+    forwards: npt.NDArray[np.void]
+    offsets: Ints
+    model_name: str
+    num_layers: int
+    num_experts: int
+    top_k: int
+    block_length: int
+    kv_cache: bool
+    origin: str
+    fingerprint: str
+
+    def expert_ids(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Experts of the routed rows start:stop, [stop - start, L, K]."""
+
+
+def build_workload(recording: Recording, context: Context, sequences: Sequence[int] | None) -> Workload:
+    """The workload of an engine with a KV cache ("block") or without one ("full"); see `Trace.workload`."""
+    if context not in get_args(Context):
+        raise ValueError(f"context(={context!r}) must be 'block' or 'full'.")
+    chosen = _chosen(recording, sequences)
+    try:
+        segments, counts, tokens = _count(recording, context, chosen)
+    except TraceError as error:
+        raise TraceError(f"{recording.path}: {error}") from None
+    is_denoise = segments.kind == ForwardKind.DENOISE
+    first_block = recording.sequences["prompt_tokens"] // recording.block_length
+    return Workload(
+        counts=counts,
+        kind=segments.kind.astype(np.uint8),
+        sequence=segments.sequence.astype(np.int32),
+        block=segments.block.astype(np.int32),
+        step=segments.step.astype(np.int32),
+        is_first_block=segments.block == first_block[segments.sequence],
+        tokens=tokens.astype(np.int32),
+        context_tokens=segments.context_tokens.astype(np.int32),
+        logit_tokens=np.where(is_denoise, np.minimum(tokens, recording.block_length), 0).astype(np.int32),
+        generated_tokens=int(recording.sequences["generated_tokens"][chosen].sum()),
+        num_sequences=len(chosen),
+        max_tokens=int((tokens + segments.context_tokens).max(initial=0)),
+        model_name=recording.model_name,
+        num_experts=recording.num_experts,
+        top_k=recording.top_k,
+        block_length=recording.block_length,
+        origin=recording.origin,
+        context=context,
+        fingerprint=recording.fingerprint,
+    )
+
+
+def _chosen(recording: Recording, sequences: Sequence[int] | None) -> Ints:
+    num_sequences = len(recording.sequences)
+    if sequences is None:
+        return np.arange(num_sequences, dtype=np.int64)
+    chosen = np.array(sorted(sequences), np.int64)
+    if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < num_sequences:
+        raise ValueError(f"sequences(={list(sequences)}) must be in 0..{num_sequences - 1}, as in {recording.path}.")
+    if len(np.unique(chosen)) != len(chosen):
+        raise ValueError(f"sequences(={list(sequences)}) must name each sequence once.")
+    return chosen
+
+
+def _count(recording: Recording, context: Context, chosen: Ints) -> tuple["Segments", npt.NDArray[np.int32], Ints]:
+    """The forwards, their counts [F, L, E], and the rows that each routes [F]."""
+    segments = recorded_segments(recording.forwards, recording.offsets, chosen)
+    if context == "block" and not recording.kv_cache:
+        segments = sliced_segments(segments, recording.sequences["prompt_tokens"], recording.block_length)
+    counts = count_segments(recording, segments)
+    if context == "block" or not recording.kv_cache:
+        return segments, counts, segments.stop - segments.start
+    segments, counts = add_prefix(counts, segments, recording.block_length)
+    return segments, counts, segments.stop - segments.start + segments.block * recording.block_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Segments:
+    """The forwards of a workload as runs of recorded rows: forward i routed the rows start[i]:stop[i].
+
+    Runs are disjoint and ascending. All arrays are int64 [M].
+    """
+
+    start: Ints
+    stop: Ints
+    sequence: Ints
+    block: Ints
+    step: Ints
+    kind: Ints
+    context_tokens: Ints
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+def recorded_segments(forwards: npt.NDArray[np.void], offsets: Ints, chosen: Ints) -> Segments:
+    """The forwards of the `chosen` sequences as they were recorded."""
+    index = np.flatnonzero(np.isin(forwards["sequence"], chosen))
+    columns = {name: forwards[name][index].astype(np.int64) for name in _COLUMNS}
+    return Segments(start=offsets[index], stop=offsets[index + 1], **columns)
+
+
+def sliced_segments(recorded: Segments, prompt_tokens: Ints, block_length: int) -> Segments:
+    """The forwards that a KV-cached engine would have run, cut out of a recording made without a cache.
+
+    The last B rows of a forward are its denoise rows. Block j's rows in the first forward of the next block are those
+    of j's commit forward. The first floor(P / B) * B rows of a sequence's first forward are its prefill.
+
+    Raise TraceError if a forward did not route exactly the blocks up to its own.
+    """
+    rows = recorded.stop - recorded.start
+    bad = np.flatnonzero(rows != (recorded.block + 1) * block_length)
+    if len(bad):
+        i = int(bad[0])
+        raise TraceError(
+            f"sequence {recorded.sequence[i]}, block {recorded.block[i]}, step {recorded.step[i]}: a forward without "
+            f"a KV cache must route (block + 1) * {block_length} rows, not {rows[i]}; use context='full'."
+        )
+    is_first = np.diff(recorded.sequence, prepend=-1) != 0
+    is_next = (np.diff(recorded.block, prepend=-1) != 0) & ~is_first
+    prompt_blocks = prompt_tokens[recorded.sequence] // block_length
+    prefill = np.flatnonzero(is_first & (prompt_blocks > 0))
+    commit = np.flatnonzero(is_next)
+    done = recorded.block[commit - 1]
+    everything = np.arange(len(rows))
+    parts = (  # which forwards, then what they hold: kind, block, step, first row within the forward, rows
+        (prefill, ForwardKind.PREFILL, prompt_blocks[prefill], 0, 0, prompt_blocks[prefill] * block_length),
+        (commit, ForwardKind.COMMIT, done, recorded.step[commit - 1] + 1, done * block_length, block_length),
+        (everything, ForwardKind.DENOISE, recorded.block, recorded.step, rows - block_length, block_length),
+    )
+    slices = [_slice(recorded, *part) for part in parts]
+    names = ("start", "stop", *_COLUMNS)
+    joined = {name: np.concatenate([getattr(piece, name) for piece in slices]) for name in names}
+    order = np.argsort(joined["start"])
+    return Segments(**{name: column[order] for name, column in joined.items()})
+
+
+def _slice(
+    recorded: Segments, index: Ints, kind: int, block: Ints, step: Ints | int, first: Ints | int, num_rows: Ints | int
+) -> Segments:
+    """Rows first:first + num_rows of the recorded forwards `index`, as forwards of an engine with a KV cache."""
+    start = recorded.start[index] + first
+    return Segments(
+        start=start,
+        stop=start + num_rows,
+        sequence=recorded.sequence[index],
+        block=block,
+        step=np.broadcast_to(step, index.shape),
+        kind=np.full(index.shape, kind),
+        context_tokens=np.broadcast_to(first, index.shape),
+    )
+
+
+def count_segments(recording: Recording, segments: Segments) -> npt.NDArray[np.int32]:
+    """Tokens routed to each expert in each segment, int32 [M, L, E], reading one window of rows at a time."""
+    L, E = recording.num_layers, recording.num_experts
+    counts = np.zeros((len(segments), L, E), np.int32)
+    layer = np.arange(L)[:, None]  # [L, 1]
+    for lo, hi, start, stop in _windows(segments):
+        row = np.arange(start, stop)
+        segment = np.searchsorted(segments.start[lo:hi], row, side="right") - 1  # [n]
+        is_wanted = row < segments.stop[lo:hi][segment]
+        ids = recording.expert_ids(start, stop)[is_wanted].astype(np.int64)  # [n, L, K]
+        key = (segment[is_wanted, None, None] * L + layer) * E + ids
+        counts[lo:hi] += np.bincount(key.ravel(), minlength=(hi - lo) * L * E).reshape(hi - lo, L, E)
+    return counts
+
+
+def _windows(segments: Segments) -> Iterator[tuple[int, int, int, int]]:
+    """Windows of rows as (first segment, past the last, first row, past the last): few rows, all that are wanted."""
+    lo = 0
+    while lo < len(segments):
+        limit = int(segments.start[lo]) + WINDOW_ROWS
+        hi = max(lo + 1, int(np.searchsorted(segments.stop, limit, side="right")))
+        stop = int(segments.stop[hi - 1])
+        for start in range(int(segments.start[lo]), stop, WINDOW_ROWS):
+            yield lo, hi, start, min(start + WINDOW_ROWS, stop)
+        lo = hi
+
+
+def add_prefix(
+    counts: npt.NDArray[np.int32], segments: Segments, block_length: int
+) -> tuple[Segments, npt.NDArray[np.int32]]:
+    """Denoise forwards of an engine without a KV cache, from the forwards of one that has it.
+
+    A denoise forward of block b then routes the rows of the prefill, of the commits of all blocks before b, and its
+    own. Returned are the denoise segments (no context any more) and their counts.
+
+    Raise TraceError if the recorded prefill and commit forwards do not cover a prefix.
+    """
+    is_denoise = segments.kind == ForwardKind.DENOISE
+    first = np.searchsorted(segments.sequence, segments.sequence)  # first forward of each forward's sequence
+    cached = np.cumsum(np.where(is_denoise, 0, segments.stop - segments.start))
+    cached -= np.append(0, cached)[first]
+    want = segments.block * block_length
+    bad = np.flatnonzero(is_denoise & (cached != want))
+    if len(bad):
+        i = int(bad[0])
+        raise TraceError(
+            f"sequence {segments.sequence[i]}, block {segments.block[i]}: prefill and commit forwards hold {cached[i]} "
+            f"of {want[i]} earlier rows, so the full context cannot be rebuilt; use context='block'."
+        )
+    total = counts.copy()
+    prefix = np.zeros_like(counts[:1].sum(axis=0))
+    for forward in range(len(segments)):
+        if first[forward] == forward:
+            prefix[:] = 0
+        if is_denoise[forward]:
+            total[forward] += prefix
+        else:
+            prefix += counts[forward]
+    columns = {name: getattr(segments, name)[is_denoise] for name in ("start", "stop", *_COLUMNS)}
+    columns["context_tokens"] = np.zeros_like(columns["context_tokens"])
+    return Segments(**columns), total[is_denoise]
