@@ -9,6 +9,7 @@ summed in float32, in the order of their scores, and rounded once. Source: LLaDA
 published `LLaDA2MoeModelLM` layout of its checkpoints.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self, cast
@@ -73,7 +74,7 @@ class NetworkConfig:
 
 
 class Routing(NamedTuple):
-    """Which experts one MoE layer chose. Ids [T, K] in descending score; weights [T, K] float32, summing to the scale."""
+    """What one MoE layer chose: ids [T, K] in descending score, weights [T, K] float32 that sum to the scale."""
 
     expert_ids: Tensor
     expert_weights: Tensor
@@ -205,7 +206,13 @@ class Experts(Protocol):
 
 
 class StackedExperts(nn.Module):
-    """All experts of a layer in two tensors, run as one padded batched matmul; trainable."""
+    """All experts of a layer in two tensors, run as one padded batched matmul; trainable.
+
+    `capacity` bounds the padding while training: an expert takes at most that many times the mean load, and what
+    exceeds it gets no output from this expert. None (inference) never drops a row.
+    """
+
+    capacity: float | None = None
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -218,15 +225,20 @@ class StackedExperts(nn.Module):
         pair_experts = routing.expert_ids.flatten()  # [T * K]
         counts = torch.bincount(pair_experts, minlength=E)
         rows = int(counts.max())  # every expert is padded to the busiest one
+        if self.capacity is not None:
+            rows = min(rows, math.ceil(self.capacity * T * K / E))
         by_expert = pair_experts.argsort(stable=True)
         rank = torch.arange(T * K, device=x.device) - (counts.cumsum(0) - counts)[pair_experts[by_expert]]
         slots = torch.empty_like(pair_experts)
-        slots[by_expert] = pair_experts[by_expert] * rows + rank  # where each pair's row stands in the padded batch
-        tokens = torch.full((E * rows,), T, device=x.device, dtype=torch.long)  # T: the zero row that pads
+        # Where each pair's row stands in the padded batch; one slot behind its end takes what exceeds the capacity.
+        slots[by_expert] = torch.where(rank < rows, pair_experts[by_expert] * rows + rank, E * rows)
+        tokens = torch.full((E * rows + 1,), T, device=x.device, dtype=torch.long)  # T: the zero row that pads
         tokens[slots] = torch.arange(T * K, device=x.device) // K
-        padded = torch.cat((x, x.new_zeros(1, x.shape[1]))).index_select(0, tokens).view(E, rows, -1)  # [E, rows, D]
+        zero_row = x.new_zeros(1, x.shape[1])
+        padded = torch.cat((x, zero_row)).index_select(0, tokens[:-1]).view(E, rows, -1)  # [E, rows, D]
         gate, up = torch.bmm(padded, self.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, rows, I] each
         out = torch.bmm(functional.silu(gate) * up, self.down.transpose(1, 2)).flatten(0, 1)  # [E * rows, D]
+        out = out if self.capacity is None else torch.cat((out, zero_row))
         picked = out.index_select(0, slots).view(T, K, -1).float()  # [T, K, D]
         return (picked * routing.expert_weights[:, :, None]).sum(1)  # [T, D]
 
@@ -243,7 +255,7 @@ class MappedExperts:
 
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
         outputs = x.new_zeros((*routing.expert_ids.shape, x.shape[1]))  # [T, K, D]
-        for expert in routing.expert_ids.unique().tolist():
+        for expert in set(routing.expert_ids.flatten().tolist()):
             tokens, slots = torch.where(routing.expert_ids == expert)
             gate, up, down = (weight.to(x.device, x.dtype) for weight in self.weights[expert])
             rows = x[tokens]
