@@ -1,0 +1,342 @@
+import sys
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidesim.errors import BudgetError, InputError
+from tidesim.policies import POLICIES, ForwardInfo, Policy, Shape, TideAsCoded, policy
+from tidesim.residency import Moves, Residency
+from tidesim.workload import ForwardKind
+
+# A step of a run: which forward, and how many tokens each expert of each layer got, [L, E].
+Step = tuple[ForwardInfo, np.ndarray]
+
+
+def forward(
+    index: int = 0, *, kind: ForwardKind = ForwardKind.DENOISE, block: int = 1, step: int = 0, first: bool = False
+) -> ForwardInfo:
+    return ForwardInfo(index, 0, kind, block, step, first, tokens=4)
+
+
+def run(policy: Policy, budgets: Sequence[int], steps: Iterable[Step], *, is_background: bool = False):
+    """Every non-empty move as (forward, layer, promote, evict), in order; the residency guards each of them."""
+    steps = list(steps)
+    num_experts = steps[0][1].shape[1]
+    residency = Residency(num_experts, budgets, policy.initial(Shape(num_experts, tuple(budgets))))
+    log = []
+
+    def refresh(info, layer, counts):
+        moves = policy.refresh(info, layer, counts, residency.is_resident(layer))
+        residency.apply(layer, moves)
+        return [moves]
+
+    def fetch(info, layer, counts):
+        if policy.miss_action == "host":
+            return []
+        missed = np.flatnonzero((counts > 0) & ~residency.is_resident(layer)).tolist()
+        moves = policy.fetch(info, layer, missed, counts, residency.is_resident(layer))
+        assert sorted(moves.promote) == missed
+        residency.fetch(layer, moves)
+        return [moves]
+
+    for info, table in steps:
+        for layer, counts in enumerate(table):
+            counts.flags.writeable = False
+            parts = (fetch, refresh) if is_background else (refresh, fetch)
+            for moves in [moves for part in parts for moves in part(info, layer, counts)]:
+                if moves:
+                    log.append((info.index, layer, moves.promote, moves.evict))
+    return log, residency
+
+
+def one_layer(*rows: Sequence[int]) -> list[Step]:
+    """Steps 0, 1, 2 of block 1, then step 0 of block 2, as far as there are rows; none is a first decoded block."""
+    infos = [forward(0), forward(1, step=1), forward(2, step=2), forward(3, block=2)]
+    return [(info, np.array([row], np.int32)) for info, row in zip(infos, rows, strict=False)]
+
+
+TRACE = ((0, 3, 2, 1), (4, 0, 1, 1), (0, 1, 0, 0), (0, 0, 1, 0))
+
+
+# --- golden moves ---
+
+
+def test_tide_swaps_the_hottest_host_expert_with_the_coldest_device_expert():
+    # Counters after each forward: 0321, 4332, 4432, 4442. In the last one expert 2 is as hot as expert 0: no swap.
+    log, residency = run(policy("tide"), [2], one_layer(*TRACE))
+    assert log == [(0, 0, (2,), (0,)), (1, 0, (0,), (1,)), (2, 0, (1,), (2,))]
+    assert residency.placement().experts == ((0, 1),)
+
+
+def test_tide_counts_between_refreshes_but_moves_only_when_one_is_due():
+    # Interval 2: steps 0 and 2, and step 0 of the next block. At step 2 the counters are 4432.
+    log, _ = run(policy("tide", refresh_interval=2), [2], one_layer(*TRACE))
+    assert log == [(0, 0, (2,), (0,)), (2, 0, (0,), (2,))]
+
+
+def test_tide_swaps_several_in_order_and_breaks_ties_by_the_lower_id():
+    log, _ = run(policy("tide"), [3], one_layer((0, 0, 5, 7, 1, 7)))
+    # Hottest on the host: 3, 5 (7 each), 4; coldest on the device: 0, 1 (0 each), 2.
+    assert log == [(0, 0, (3, 5), (0, 1))]
+
+
+def test_tide_as_coded_looks_at_one_forward_and_evicts_in_set_order():
+    # Forward 2 wants expert 1 alone; the set {0, 2} gives up 0, though 0 had more tokens than 2.
+    log, residency = run(policy("tide-as-coded"), [2], one_layer(*TRACE))
+    assert log == [(0, 0, (2,), (0,)), (1, 0, (0,), (1,)), (2, 0, (1,), (0,))]
+    assert residency.placement().experts == ((1, 2),)
+
+
+def test_tide_as_coded_promotes_most_tokens_first_and_ties_by_the_lower_id():
+    log, _ = run(policy("tide-as-coded"), [3], one_layer((0, 0, 0, 2, 5, 2)))
+    assert log == [(0, 0, (4, 3, 5), (0, 1, 2))]
+
+
+def test_tide_as_coded_refreshes_on_every_step_of_the_first_decoded_block():
+    rows = np.eye(6, dtype=np.int32)
+    first = [(forward(i, step=i, first=True), rows[[i]]) for i in range(2, 6)]
+    later = [(forward(i + 4, block=2, step=i), rows[[i]]) for i in range(6)]
+    log, _ = run(policy("tide-as-coded", refresh_interval=4), [1], first + later)
+    assert [index for index, *_ in log] == [2, 3, 4, 5, 4 + 0, 4 + 4]
+    log, _ = run(policy("tide", refresh_interval=4), [1], first + later)
+    assert all(index in (4, 4 + 0, 4 + 4) for index, *_ in log)
+
+
+def test_lru_fetches_misses_in_order_and_evicts_the_least_recently_used():
+    # Order of use, oldest first: 01 -> use 1, fetch 2 for 0, 3 for 1 -> 23 -> fetch 0: misses 0, uses 2, 3 first.
+    log, residency = run(policy("lru"), [2], one_layer(*TRACE))
+    assert log == [(0, 0, (2, 3), (0, 1)), (1, 0, (0,), (2,)), (2, 0, (1,), (3,)), (3, 0, (2,), (0,))]
+    assert residency.placement().experts == ((1, 2),)
+
+
+def test_lru_fetches_into_free_slots_only_while_there_are_some():
+    lru = policy("lru")
+    lru.initial(Shape(6, (2,)))
+    is_resident = np.array([True, True, False, False, False, False])
+    counts = np.array([0, 1, 1, 1, 1, 0], np.int32)
+    # More misses than slots: after 0 and 1 the victims are experts fetched in this very forward.
+    assert lru.fetch(forward(), 0, [2, 3, 4], counts, is_resident) == Moves((2, 3, 4), (0, 1, 2))
+
+
+def test_static_takes_the_most_popular_of_each_layer_and_never_moves():
+    popularity = [[1, 5, 5, 0], [0, 0, 0, 0]]
+    static = policy("static", popularity=popularity)
+    assert static.initial(Shape(4, (1, 2))).experts == ((1,), (0, 1))
+    assert run(static, (1, 2), [(forward(), np.ones((2, 4), np.int32))])[0] == []
+
+
+def test_the_references_hold_everything_or_nothing():
+    assert policy("all-device").initial(Shape(3, (3, 3))).experts == ((0, 1, 2),) * 2
+    assert policy("all-host").initial(Shape(3, (2, 2))).experts == ((), ())
+    with pytest.raises(BudgetError, match="needs a budget of all 3 experts in every layer, not 2"):
+        policy("all-device").initial(Shape(3, (3, 2)))
+
+
+# --- parameters ---
+
+
+def test_each_layer_may_have_its_own_interval():
+    steps = [(forward(i, step=i), np.roll(np.eye(4, dtype=np.int32), i, 1)[[0, 0]]) for i in range(4)]
+    log, _ = run(policy("tide-as-coded", refresh_interval=[1, 2]), [1, 1], steps)
+    assert [(index, layer) for index, layer, *_ in log] == [(1, 0), (2, 0), (2, 1), (3, 0)]
+    with pytest.raises(InputError, match="refresh_interval has 2 numbers"):
+        policy("tide", refresh_interval=[1, 2]).initial(Shape(4, (1, 1, 1)))
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "4", [1, 0]])
+def test_intervals_below_one_or_not_whole_are_refused(bad):
+    with pytest.raises(InputError, match="refresh_interval"):
+        policy("tide", refresh_interval=bad)
+
+
+def test_unknown_policies_and_parameters_name_the_way_out():
+    with pytest.raises(InputError, match="no policy 'tied'; did you mean 'tide'"):
+        policy("tied")
+    with pytest.raises(InputError, match="there are all-device, all-host, static, lru, tide, tide-as-coded"):
+        policy("xyzzy")
+    with pytest.raises(InputError, match="policy 'lru' takes no 'refresh_interval'; it takes no parameter"):
+        policy("lru", refresh_interval=2)
+    with pytest.raises(InputError, match="policy 'tide' takes no 'tau'; it takes refresh_interval"):
+        policy("tide", tau=2)
+
+
+def test_popularity_of_another_shape_is_refused():
+    with pytest.raises(InputError, match=r"popularity has shape \[1, 4\]; it must be \[L, E\] = \[2, 4\]"):
+        policy("static", popularity=[[1, 2, 3, 4]]).initial(Shape(4, (1, 1)))
+
+
+def test_lru_needs_a_slot_to_fetch_into():
+    with pytest.raises(BudgetError, match="must be >= 1"):
+        policy("lru").initial(Shape(4, (1, 0)))
+
+
+def test_policies_that_compute_on_the_host_fetch_nothing():
+    with pytest.raises(NotImplementedError, match="fetches nothing"):
+        policy("all-host").fetch(forward(), 0, [], np.zeros(4, np.int32), np.zeros(4, bool))
+
+
+# --- the contract that every policy keeps ---
+
+
+def make(name: str, steps: Sequence[Step]) -> Policy:
+    return policy(name, popularity=sum(table for _, table in steps)) if name == "static" else policy(name)
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[list[int], list[Step]]:
+    """Budgets, and forwards of all kinds over several blocks."""
+    num_layers, num_experts = draw(st.integers(1, 2)), draw(st.integers(2, 9))
+    budgets = draw(st.lists(st.integers(1, num_experts), min_size=num_layers, max_size=num_layers))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    steps: list[Step] = [
+        (forward(0, kind=ForwardKind.PREFILL, first=True), rng.integers(0, 4, (num_layers, num_experts)))
+    ]
+    for block in range(1, draw(st.integers(1, 3)) + 1):
+        length = draw(st.integers(1, 4))
+        for step in range(length + 1):
+            kind = ForwardKind.COMMIT if step == length else ForwardKind.DENOISE
+            info = forward(len(steps), kind=kind, block=block, step=step, first=block == 1)
+            steps.append((info, rng.integers(0, 4, (num_layers, num_experts)) * rng.integers(0, 2, num_experts)))
+    return budgets, [(info, table.astype(np.int32)) for info, table in steps]
+
+
+contract = pytest.mark.parametrize("name", POLICIES)
+
+
+@contract
+@given(case=runs(), is_background=st.booleans())
+def test_moves_are_legal_and_never_exceed_the_budget(name, case, is_background):
+    budgets, steps = case
+    budgets = [steps[0][1].shape[1]] * len(budgets) if name == "all-device" else budgets
+    _, residency = run(make(name, steps), budgets, steps, is_background=is_background)
+    assert all(residency.num_resident(layer) <= budget for layer, budget in enumerate(budgets))
+
+
+@contract
+@given(case=runs())
+def test_a_second_run_with_the_same_object_repeats_the_first(name, case):
+    budgets, steps = case
+    budgets = [steps[0][1].shape[1]] * len(budgets) if name == "all-device" else budgets
+    policy = make(name, steps)
+    assert run(policy, budgets, steps)[0] == run(policy, budgets, steps)[0] == run(make(name, steps), budgets, steps)[0]
+
+
+@contract
+@given(case=runs())
+def test_a_budget_of_all_experts_needs_no_moves(name, case):
+    budgets, steps = case
+    budgets = [steps[0][1].shape[1]] * len(budgets)
+    if name != "all-host":
+        assert run(make(name, steps), budgets, steps)[0] == []
+
+
+@contract
+def test_the_object_says_what_it_is(name):
+    made = make(name, one_layer(*TRACE))
+    assert made.name == name
+    assert made.miss_action in ("host", "fetch")
+    assert (made.refresh_interval is None) == (not name.startswith("tide"))
+
+
+@pytest.mark.parametrize("name", ["tide", "tide-as-coded"])
+@given(case=runs())
+def test_tide_moves_on_denoise_forwards_only_and_keeps_the_budget_full(name, case):
+    budgets, steps = case
+    log, residency = run(make(name, steps), budgets, steps)
+    assert all(steps[index][0].kind == ForwardKind.DENOISE for index, *_ in log)
+    assert all(len(promote) == len(evict) for _, _, promote, evict in log)
+    assert [residency.num_resident(layer) for layer in range(len(budgets))] == budgets
+
+
+# --- CPython's set order ---
+
+
+class SpelledOutSet:
+    """A set of small integers with the hash table of CPython (Objects/setobject.c) spelled out."""
+
+    def __init__(self, items: Iterable[int]) -> None:
+        self.table: list[int | None] = [None] * 8
+        self.used = 0
+        self.update(items)
+
+    def update(self, items: Iterable[int]) -> None:
+        for item in items:
+            self.table[self._slot(item)] = item
+            self.used += 1
+            if self.used * 5 >= (len(self.table) - 1) * 3:
+                self._grow()
+
+    def _slot(self, item: int) -> int:
+        mask, start, perturb = len(self.table) - 1, item & (len(self.table) - 1), item
+        while True:
+            # Nine more slots in a row are tried, if that many follow before the end of the table.
+            for slot in range(start, start + (10 if start + 9 <= mask else 1)):
+                if self.table[slot] is None:
+                    return slot
+            perturb >>= 5
+            start = (start * 5 + 1 + perturb) & mask
+
+    def _grow(self) -> None:
+        old, size = list(self), 8
+        while size <= self.used * 4:
+            size *= 2
+        self.table = [None] * size
+        for item in old:
+            self.table[self._slot(item)] = item
+
+    def __iter__(self):
+        return (item for item in self.table if item is not None)
+
+
+def moves_by_the_description(counts: np.ndarray, budget: int) -> list[tuple[list[int], list[int]]]:
+    """TIDE's released rule, word for word, on spelled-out sets; one (promote, evict) per row of `counts`."""
+    residents, log = SpelledOutSet(range(budget)), []
+    for row in counts.tolist():
+        by_count = sorted(range(len(row)), key=lambda expert: (-row[expert], expert))
+        targets = [expert for expert in by_count[:budget] if row[expert] > 0]
+        promote = [expert for expert in targets if expert not in list(residents)]
+        candidates = [expert for expert in residents if expert not in targets]
+        residents = SpelledOutSet(targets)
+        residents.update(candidates[len(promote) :])
+        log.append((promote, candidates[: len(promote)]))
+    return log
+
+
+only_cpython = pytest.mark.skipif(sys.implementation.name != "cpython", reason="set order is CPython's own")
+
+
+@only_cpython
+@pytest.mark.parametrize("budget", [1, 4, 5, 18, 19, 32, 64, 76, 77, 96, 128, 200])
+def test_tide_as_coded_evicts_as_the_description_says(budget):
+    rng = np.random.default_rng(budget)
+    # Some forwards touch few experts, so that the targets are fewer than the budget.
+    counts = rng.poisson(rng.choice([0.2, 1.0, 4.0], (60, 1)), (60, 256)).astype(np.int32)
+    log, _ = run(TideAsCoded(), [budget], [(forward(i), row[None]) for i, row in enumerate(counts)])
+    expected = [(i, 0, tuple(p), tuple(e)) for i, (p, e) in enumerate(moves_by_the_description(counts, budget)) if p]
+    assert log == expected
+    assert len(log) > 40
+
+
+@only_cpython
+@given(
+    st.lists(st.integers(0, 511), unique=True, max_size=130), st.lists(st.integers(0, 511), unique=True, max_size=60)
+)
+def test_real_sets_iterate_like_the_spelled_out_table(first, second):
+    real, spelled_out = set(first), SpelledOutSet(first)
+    rest = [item for item in second if item not in real]
+    real.update(rest)
+    spelled_out.update(rest)
+    assert list(real) == list(spelled_out)
+
+
+@only_cpython
+def test_sets_of_77_and_more_small_integers_iterate_in_ascending_order():
+    rng = np.random.default_rng(0)
+    for size in (77, 96, 128):
+        ids = rng.permutation(256)[:size].tolist()
+        assert list(set(ids)) == sorted(ids)
+    ids = rng.permutation(256)[:76].tolist()
+    assert list(set(ids)) != sorted(ids)
