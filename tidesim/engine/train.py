@@ -38,6 +38,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|startoftext|>", "<|mask|>", "<role>", "</r
 BLOCK_LENGTH = 32
 WINDOW = 256  # tokens of one training sequence: eight blocks
 BIAS_RATE = 1e-3
+ROUTER_STD = 0.02
 CAPACITY = 2.0  # rows an expert takes in training, over the mean: bounds the padding while the load is uneven
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
 _HELD_OUT_EVERY = 20  # every 20th file, in sorted order, is never trained on
@@ -112,7 +113,7 @@ class Objective:
         self.positions = torch.arange(WINDOW).repeat(2)
 
     def __call__(self, clean: Tensor, is_masked: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Mean cross-entropy of masked tokens and mean entropy of right guesses [nats]; each layer's expert load [E]."""
+        """Mean cross-entropy of masked tokens and mean entropy of right guesses [nats]; each layer's load [E]."""
         noisy = clean.masked_fill(is_masked, self.mask_id)
         hidden, routings = self.network(torch.cat((noisy, clean), dim=1), self.positions, mask=self.mask)
         logits = self.network.logits(hidden[:, :WINDOW][is_masked])
@@ -149,7 +150,8 @@ def initialise(network: LLaDA2, seed: int) -> None:
     """Normal weights of variance 1 / fan-in, output projections scaled down by depth; norms stay at one.
 
     Embeddings get deviation 1, so that what tells tokens apart outweighs what attention has averaged: otherwise every
-    token looks alike to the routers and they collapse onto the same experts.
+    token looks alike to the routers and they collapse onto the same experts. Routers start small, with scores close
+    together, so that the bias evens the load out within the first hundred steps.
     """
     generator = torch.Generator().manual_seed(seed)
     depth = math.sqrt(2 * network.config.num_hidden_layers)
@@ -158,7 +160,11 @@ def initialise(network: LLaDA2, seed: int) -> None:
             is_output = name.endswith(("attention.dense.weight", "down_proj.weight", "experts.down"))
             width_scale = parameter.shape[-1] ** -0.5
             std = width_scale / depth if is_output else width_scale
-            torch.nn.init.normal_(parameter, std=1.0 if "embeddings" in name else std, generator=generator)
+            if "embeddings" in name:
+                std = 1.0
+            elif "gate.weight" in name:
+                std = ROUTER_STD
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
