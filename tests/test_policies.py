@@ -161,6 +161,8 @@ def test_unknown_policies_and_parameters_name_the_way_out():
         policy("lru", refresh_interval=2)
     with pytest.raises(InputError, match="policy 'tide' takes no 'tau'; it takes refresh_interval"):
         policy("tide", tau=2)
+    with pytest.raises(InputError, match="policy 'static' needs 'popularity'"):
+        policy("static")
 
 
 def test_popularity_of_another_shape_is_refused():

@@ -103,7 +103,7 @@ class Policy(Protocol):
 def policy(name: str, **params: object) -> Policy:
     """The policy called `name`, made with `params`.
 
-    Raise InputError if there is no such policy (the nearest name is given) or it does not take a parameter.
+    Raise InputError if there is no such policy (the nearest name is given), or if it takes other parameters.
 
     Examples
     --------
@@ -114,10 +114,15 @@ def policy(name: str, **params: object) -> Policy:
         near = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(POLICIES)}."
         raise InputError(f"no policy {name!r}; {hint}")
-    accepted = list(inspect.signature(POLICIES[name]).parameters)
+    # A class without an __init__ of its own shows the catch-all one that typing gives a Protocol.
+    signature = inspect.signature(POLICIES[name]).parameters.values()
+    accepted = {param.name: param.default for param in signature if param.kind == param.POSITIONAL_OR_KEYWORD}
     for param in params:
         if param not in accepted:
             raise InputError(f"policy {name!r} takes no {param!r}; it takes {', '.join(accepted) or 'no parameter'}.")
+    for param, default in accepted.items():
+        if param not in params and default is inspect.Parameter.empty:
+            raise InputError(f"policy {name!r} needs {param!r}; pass it to policy().")
     return POLICIES[name](**params)
 
 
