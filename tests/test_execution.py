@@ -1,0 +1,278 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import NEVER_BOUND, TOY, toy_execution, toy_hardware
+
+from tidesim.errors import BudgetError, InputError
+from tidesim.execution import (
+    EXECUTIONS,
+    GIB,
+    Costs,
+    check_memory,
+    device_memory,
+    execution,
+    largest_budget,
+)
+from tidesim.moe import load_moe_config
+
+
+def costs(model=TOY, hardware=None, max_rows=6, **changes) -> Costs:
+    return Costs(model, hardware or toy_hardware(), toy_execution(**changes), max_rows)
+
+
+def hardware(part: str, **changes):
+    """The machine of round numbers with some figures of one part changed."""
+    plain = toy_hardware()
+    return replace(plain, **{part: replace(getattr(plain, part), **changes)})
+
+
+def ints(*arrays) -> tuple[list[int], ...]:
+    return tuple(array.tolist() for array in arrays)
+
+
+# --- presets ---
+
+
+def test_the_presets_say_what_the_published_engines_do():
+    tide, ours = execution("tide-as-coded"), execution("overlapped")
+    assert (tide.kv_cache, tide.is_pinned, tide.copies, tide.write_back) == (False, False, "blocking", True)
+    assert (tide.kernels, tide.host, tide.host_calls, tide.copies_per_expert) == ("loop", "serial", "expert", 3)
+    assert (ours.kv_cache, ours.is_pinned, ours.copies, ours.write_back) == (True, True, "background", False)
+    assert (ours.kernels, ours.host, ours.host_calls, ours.copies_per_expert) == ("grouped", "parallel", "layer", 1)
+    assert all(name == preset.name for name, preset in EXECUTIONS.items())
+
+
+def test_unknown_executions_name_the_nearest():
+    with pytest.raises(InputError, match="no execution 'overlaped'; did you mean 'overlapped'"):
+        execution("overlaped")
+    with pytest.raises(InputError, match="there are tide-as-coded, overlapped"):
+        execution("xyzzy")
+
+
+# --- dense parts ---
+
+
+def test_a_layer_reads_its_weights_and_the_cache():
+    rows, context = np.array([3, 3, 1]), np.array([0, 15, 30])
+    assert ints(*costs().layer_ns(rows, context)) == ([1000, 2000, 3000], [0, 0, 0])
+
+
+def test_a_layer_with_many_rows_is_bound_by_operations():
+    # 240 + 7 x 16 bytes are 1467 ns; 2 x 3 x 120 + 4 x 3 x (7 + 3) x 4 operations at 0.6 a ns are 2000 ns.
+    for flops_per_s, kernel_ns in ((NEVER_BOUND, 1467), (0.6e9, 2000)):
+        kernel, _ = costs(hardware=hardware("device", flops_per_s=flops_per_s)).layer_ns(np.array([3]), np.array([7]))
+        assert kernel.tolist() == [kernel_ns]
+
+
+def test_launching_costs_only_what_outlasts_the_kernels():
+    slow = hardware("device", eager_op_s=130e-9, kernel_launch_s=20e-9)
+    one = np.array([3]), np.array([0])
+    assert ints(*costs(hardware=slow).layer_ns(*one)) == ([1000], [300])
+    assert ints(*costs(hardware=slow, launch="stream").layer_ns(*one)) == ([1000], [0])
+    assert ints(*costs(hardware=slow, ops_per_forward=11).head_ns(*one[:1], np.array([3]))) == ([1000], [430])
+
+
+def test_the_entry_is_the_embedding_and_the_dense_layers():
+    rows, context = np.array([3]), np.array([0])
+    assert ints(*costs().entry_ns(rows, context)) == ([200], [0])
+    # A dense layer has 80 weights of attention and 3 x 4 x 5 of its MLP: 280 bytes, 1166.67 ns; two are rounded once.
+    two = replace(TOY, num_dense_layers=2)
+    slow = hardware("device", eager_op_s=200e-9)
+    assert ints(*costs(two, slow).entry_ns(rows, context)) == ([2533], [4000 - 2533])
+
+
+def test_the_head_runs_over_the_block_or_over_all_rows_and_only_where_logits_are_needed():
+    slow = hardware("device", flops_per_s=1e9)
+    tokens, logits = np.array([9, 9, 5]), np.array([3, 0, 5])
+    # 2 x rows x 120 operations against 240 bytes in 1000 ns.
+    assert ints(*costs(hardware=slow).head_ns(tokens, logits)) == ([1000, 0, 1200], [0, 0, 0])
+    assert ints(*costs(hardware=slow, logits="all").head_ns(tokens, logits)) == ([2160, 0, 1200], [0, 0, 0])
+
+
+def test_rows_may_be_32_bit_numbers_without_overflow():
+    flash, machine = load_moe_config("llada2.0-flash"), hardware("device", flops_per_s=1e12)
+    made = Costs(flash, machine, toy_execution(), 8)
+    wide, narrow = np.array([32_768]), np.array([32_768], np.int32)
+    for part in (made.layer_ns, made.entry_ns, made.head_ns):
+        assert ints(*part(wide, wide)) == ints(*part(narrow, narrow))
+
+
+# --- routed experts ---
+
+
+def test_an_expert_of_the_loop_pays_its_gemms_and_its_bytes_or_operations():
+    slow = hardware("device", gemm_overhead_s=7e-9, flops_per_s=0.4e9)
+    # 24 operations a row at 0.4 a ns are 60 ns a row; 24 bytes are 100 ns.
+    assert costs(hardware=slow, max_rows=3).loop_ns.tolist() == [0, 121, 141, 201]
+
+
+def test_the_loop_hides_its_launches_under_its_kernels():
+    made = costs(hardware=hardware("device", eager_op_s=30e-9))
+    assert made.expert_launch_ns == 150
+    assert made.experts_ns(200, 2, 6) == (200, 100)
+    assert made.experts_ns(0, 0, 0) == (0, 0)
+    assert costs().experts_ns(200, 2, 6) == (200, 0)
+
+
+def test_the_grouped_kernel_is_one_fixed_part_and_one_roofline():
+    quick = hardware("device", grouped_overhead_s=40e-9, grouped_flops_per_s=1e9, eager_op_s=1.0)
+    made = costs(hardware=quick, kernels="grouped")
+    assert made.experts_ns(0, 2, 6) == (40 + 200, 0)
+    assert made.experts_ns(0, 2, 12) == (40 + 288, 0)
+    assert made.experts_ns(0, 0, 0) == (0, 0)
+
+
+def test_the_host_is_called_per_expert_or_per_layer():
+    # One expert is 500 ns; a call is 50 ns; n rows take 10 + 100 n ns each way.
+    per_expert, per_layer = costs(max_rows=2), costs(max_rows=2, host_calls="layer")
+    assert ints(per_expert.host_expert_ns, per_expert.host_layer_ns) == ([0, 770, 970], [0, 0, 0])
+    assert ints(per_layer.host_expert_ns, per_layer.host_layer_ns) == ([0, 500, 500], [0, 270, 470])
+
+
+def test_the_host_is_bound_by_operations_when_an_expert_has_many_rows():
+    slow = hardware("host", bf16_flops_per_s=0.04e9)
+    assert costs(hardware=slow, host_calls="layer", max_rows=2).host_expert_ns.tolist() == [0, 600, 1200]
+
+
+# --- copies ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "promote_ns", "evict_ns"),
+    [
+        ({}, 310, 0),
+        ({"write_back": True}, 310, 510),
+        ({"write_back": True, "is_pinned": True}, 310, 410),
+        ({"write_back": True, "copies_per_expert": 3}, 330, 530),
+        ({"write_back": True, "is_pinned": True, "copies": "background"}, 610, 810),
+        ({"copies": "background"}, 310, 0),
+    ],
+)
+def test_copies_pay_latency_bytes_and_a_shared_link(changes, promote_ns, evict_ns):
+    made = costs(**changes)
+    assert (made.promote_ns, made.evict_ns) == (promote_ns, evict_ns)
+    assert (made.promote_bytes, made.evict_bytes) == (24, 24 if evict_ns else 0)
+
+
+def test_unified_memory_copies_nothing():
+    unified = replace(toy_hardware(), is_unified=True, links=None)
+    made = costs(hardware=unified, write_back=True, max_rows=2)
+    assert (made.promote_ns, made.evict_ns, made.promote_bytes, made.evict_bytes) == (0, 0, 0, 0)
+    assert made.host_expert_ns.tolist() == [0, 550, 550]
+
+
+def test_experts_of_fewer_bits_move_and_stream_faster():
+    made = costs(TOY.with_weight_bits(8), max_rows=1)
+    assert (made.promote_ns, made.loop_ns.tolist(), made.host_expert_ns.tolist()) == (160, [0, 50], [0, 520])
+
+
+@given(rows=st.integers(1, 40), context=st.integers(0, 4000), scale=st.floats(1, 100))
+def test_a_faster_memory_is_never_slower(rows, context, scale):
+    fast = hardware("device", bytes_per_s=0.24e9 * scale)
+    one = np.array([rows]), np.array([context])
+    for slow_ns, fast_ns in zip(costs().layer_ns(*one), costs(hardware=fast).layer_ns(*one), strict=True):
+        assert fast_ns <= slow_ns
+
+
+# --- memory ---
+
+
+@pytest.fixture
+def mini():
+    return load_moe_config("llada2.0-mini")
+
+
+@pytest.fixture
+def a100():
+    plain = toy_hardware()
+    return replace(
+        plain,
+        name="a100",
+        device=replace(plain.device, memory_bytes=40 * GIB),
+        host=replace(plain.host, memory_bytes=1024 * GIB),
+    )
+
+
+def test_device_memory_is_the_sum_of_its_parts(mini, a100):
+    need = device_memory(mini, a100, execution("overlapped"), 128, 1024)
+    assert need.experts == 19 * 128 * 6 * 2**20
+    assert need.non_experts == mini.non_expert_bytes
+    assert need.kv_cache == 1024 * 40_960
+    assert need.reserve == 4 * GIB
+    # Rows: 1024 x 8 x 2048 values of 10 bytes; logits: 32 rows x 157184 x 10 bytes.
+    assert need.transient == max(1024 * 8 * 2048 * 10, 32 * 157_184 * 10)
+    assert need.total == sum((need.experts, need.non_experts, need.kv_cache, need.reserve, need.transient))
+
+
+def test_the_published_engine_keeps_no_cache_but_the_logits_of_all_rows(mini, a100):
+    need = device_memory(mini, a100, execution("tide-as-coded"), 128, 1024)
+    assert need.kv_cache == 0
+    assert need.transient == 157_184 * (1024 * 6 + 32 * 4)
+
+
+def test_the_reserve_is_a_tenth_but_at_least_one_and_a_half_gib(mini, a100):
+    small = replace(a100, device=replace(a100.device, memory_bytes=8 * GIB))
+    assert device_memory(mini, small, execution("overlapped"), 1, 64).reserve == 3 * GIB // 2
+    assert device_memory(mini, small, execution("overlapped"), 1, 64, reserve_bytes=5).reserve == 5
+
+
+def test_the_largest_budget_fits_and_one_more_does_not(mini, a100):
+    card = replace(a100, device=replace(a100.device, memory_bytes=24 * GIB))
+    for name in EXECUTIONS:
+        preset = execution(name)
+        largest = largest_budget(mini, card, preset, 1024)
+        assert 128 <= largest < 256
+        assert check_memory(mini, card, preset, largest, 1024).total <= 24 * GIB
+        with pytest.raises(BudgetError, match=f"the largest budget that fits is {largest} experts a layer"):
+            check_memory(mini, card, preset, largest + 1, 1024)
+
+
+def test_the_message_gives_every_figure(mini, a100):
+    small = replace(a100, device=replace(a100.device, memory_bytes=8 * GIB))
+    with pytest.raises(BudgetError) as caught:
+        check_memory(mini, small, execution("overlapped"), 128, 1024)
+    assert str(caught.value) == (
+        "llada2.0-mini needs experts 14.25 + other weights 1.78 + KV cache 0.04 + transient peak 0.16 + reserve 1.50 "
+        "= 17.72 GiB on the device, and a100 has 8.00 GiB; the largest budget that fits is 40 experts a layer."
+    )
+
+
+def test_budgets_may_differ_by_layer_and_never_exceed_the_experts(mini, a100):
+    budgets = [100] * 18 + [256]
+    need = check_memory(mini, a100, execution("overlapped"), budgets, 64)
+    assert need.experts == sum(budgets) * mini.expert_bytes
+    with pytest.raises(BudgetError, match=r"budget\(=257\) of layer 18"):
+        check_memory(mini, a100, execution("overlapped"), [1] * 18 + [257], 64)
+
+
+def test_a_device_too_small_for_the_rest_says_that_no_budget_fits(mini, a100):
+    tiny = replace(a100, device=replace(a100.device, memory_bytes=2 * GIB))
+    with pytest.raises(BudgetError, match="not even a budget of 0 fits"):
+        check_memory(mini, tiny, execution("overlapped"), 1, 64)
+
+
+def test_the_host_must_hold_every_expert(mini, a100):
+    poor = replace(a100, host=replace(a100.host, memory_bytes=16 * GIB))
+    with pytest.raises(BudgetError, match=r"take 28.50 GiB in all, and the host of a100 has 16.00 GiB"):
+        check_memory(mini, poor, execution("overlapped"), 1, 64)
+    assert check_memory(mini.with_weight_bits(8), poor, execution("overlapped"), 1, 64)
+
+
+def test_unified_memory_stores_each_expert_once(mini, a100):
+    shared = replace(a100, is_unified=True, links=None)
+    assert largest_budget(mini, shared, execution("overlapped"), 1024) == 256
+    assert check_memory(mini, shared, execution("overlapped"), 1, 1024).experts == mini.experts_bytes(256)
+    small = replace(shared, device=replace(a100.device, memory_bytes=32 * GIB))
+    with pytest.raises(BudgetError, match="not even a budget of 0 fits"):
+        check_memory(mini, small, execution("overlapped"), 1, 1024)
+
+
+def test_one_machine_wide_duration_per_thing_is_a_whole_number():
+    made = costs(write_back=True)
+    for name in ("promote_ns", "evict_ns", "expert_launch_ns"):
+        assert type(getattr(made, name)) is int
+    for table in (made.loop_ns, made.host_expert_ns, made.host_layer_ns):
+        assert table.dtype == np.int64
