@@ -12,6 +12,7 @@ published `LLaDA2MoeModelLM` layout of its checkpoints.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, Self, cast
 
 import torch
@@ -117,8 +118,9 @@ class Rotary:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the leading dimensions of each head, halves paired (not neighbours). x [N, heads, T, C]."""
     size = cos.shape[-1]
-    turning, still = x[..., :size], x[..., size:]
-    half = torch.cat((-turning[..., size // 2 :], turning[..., : size // 2]), dim=-1)
+    turning, still = x.split((size, x.shape[-1] - size), dim=-1)
+    first, second = turning.chunk(2, dim=-1)
+    half = torch.cat((-second, first), dim=-1)
     return torch.cat((turning * cos + half * sin, still), dim=-1)
 
 
@@ -206,13 +208,13 @@ class Experts(Protocol):
 
 
 class StackedExperts(nn.Module):
-    """All experts of a layer in two tensors, run as one padded batched matmul; trainable.
+    """All experts of a layer in two tensors, run as padded batched matmuls; trainable.
 
-    `capacity` bounds the padding while training: an expert takes at most that many times the mean load, and what
-    exceeds it gets no output from this expert. None (inference) never drops a row.
+    The load is uneven (masked positions look alike, and so share experts), so experts are sorted by load and each part
+    of `PARTS` is padded to its own busiest expert; one padding for all would multiply the work.
     """
 
-    capacity: float | None = None
+    PARTS = (1 / 32, 1 / 8, 1 / 2, 1.0)  # where the parts end, as shares of the experts from the busiest on
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -224,23 +226,39 @@ class StackedExperts(nn.Module):
         E, (T, K) = len(self.gate_up), routing.expert_ids.shape
         pair_experts = routing.expert_ids.flatten()  # [T * K]
         counts = torch.bincount(pair_experts, minlength=E)
-        rows = int(counts.max())  # every expert is padded to the busiest one
-        if self.capacity is not None:
-            rows = min(rows, math.ceil(self.capacity * T * K / E))
+        by_load = counts.argsort(descending=True, stable=True)  # [E]
+        parts = self._parts(counts[by_load].tolist())
+        # Where each expert's rows begin in the padded batch, and from there where each pair's row stands.
+        first_row = torch.empty_like(counts)
+        num_rows = 0
+        for start, stop, rows in parts:
+            first_row[by_load[start:stop]] = num_rows + rows * torch.arange(stop - start, device=x.device)
+            num_rows += rows * (stop - start)
         by_expert = pair_experts.argsort(stable=True)
-        rank = torch.arange(T * K, device=x.device) - (counts.cumsum(0) - counts)[pair_experts[by_expert]]
+        sorted_experts = pair_experts[by_expert]
+        rank = torch.arange(T * K, device=x.device) - (counts.cumsum(0) - counts)[sorted_experts]
         slots = torch.empty_like(pair_experts)
-        # Where each pair's row stands in the padded batch; one slot behind its end takes what exceeds the capacity.
-        slots[by_expert] = torch.where(rank < rows, pair_experts[by_expert] * rows + rank, E * rows)
-        tokens = torch.full((E * rows + 1,), T, device=x.device, dtype=torch.long)  # T: the zero row that pads
+        slots[by_expert] = first_row[sorted_experts] + rank
+        tokens = torch.full((num_rows,), T, device=x.device, dtype=torch.long)  # T: the zero row that pads
         tokens[slots] = torch.arange(T * K, device=x.device) // K
-        zero_row = x.new_zeros(1, x.shape[1])
-        padded = torch.cat((x, zero_row)).index_select(0, tokens[:-1]).view(E, rows, -1)  # [E, rows, D]
-        gate, up = torch.bmm(padded, self.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, rows, I] each
-        out = torch.bmm(functional.silu(gate) * up, self.down.transpose(1, 2)).flatten(0, 1)  # [E * rows, D]
-        out = out if self.capacity is None else torch.cat((out, zero_row))
-        picked = out.index_select(0, slots).view(T, K, -1).float()  # [T, K, D]
+        padded = torch.cat((x, x.new_zeros(1, x.shape[1]))).index_select(0, tokens)  # [num_rows, D]
+        used = by_load[: parts[-1][1]]
+        widths = [stop - start for start, stop, _ in parts]
+        batches = padded.split([width * rows for width, (_, _, rows) in zip(widths, parts, strict=True)])
+        gate_ups = self.gate_up.index_select(0, used).transpose(1, 2).split(widths)
+        downs = self.down.index_select(0, used).transpose(1, 2).split(widths)
+        outputs = []
+        for batch, gate_up, down in zip(batches, gate_ups, downs, strict=True):
+            gate, up = torch.bmm(batch.view(len(gate_up), -1, x.shape[1]), gate_up).chunk(2, dim=-1)  # [part, rows, I]
+            outputs.append(torch.bmm(functional.silu(gate) * up, down).flatten(0, 1))  # [part * rows, D]
+        picked = torch.cat(outputs).index_select(0, slots).view(T, K, -1).float()  # [T, K, D]
         return (picked * routing.expert_weights[:, :, None]).sum(1)  # [T, D]
+
+    def _parts(self, loads: list[int]) -> list[tuple[int, int, int]]:
+        """(first, last + 1, rows) of each part of the experts sorted by load; idle experts are in none."""
+        num_used = sum(load > 0 for load in loads)
+        ends = sorted({min(num_used, math.ceil(share * len(loads))) for share in self.PARTS})
+        return [(start, stop, loads[start]) for start, stop in pairwise([0, *ends])]
 
 
 class MappedExperts:

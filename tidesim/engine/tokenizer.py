@@ -80,7 +80,8 @@ class TextCodec:
 def read_prompts(file: Path | None, limit: int | None, is_chat: bool) -> list[Prompt]:
     """Prompts of a JSONL file, or the built-in ones if `file` is None.
 
-    A line is {"prompt": text} or {"messages": [{"role": ..., "content": ...}]}. `is_chat` turns every plain prompt into a chat with one user message; `limit` keeps the first so many.
+    A line is {"prompt": text} or {"messages": [{"role": ..., "content": ...}]}. `is_chat` turns every plain prompt
+    into a chat with one user message; `limit` keeps the first so many.
     Raise InputError naming the line that cannot be used, or if there is none.
     """
     if limit is not None and limit < 1:

@@ -39,7 +39,6 @@ BLOCK_LENGTH = 32
 WINDOW = 256  # tokens of one training sequence: eight blocks
 BIAS_RATE = 1e-3
 ROUTER_STD = 0.02
-CAPACITY = 2.0  # rows an expert takes in training, over the mean: bounds the padding while the load is uneven
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
 _HELD_OUT_EVERY = 20  # every 20th file, in sorted order, is never trained on
 
@@ -188,7 +187,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of checkpoints, tokenizer and the exported model.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 6000,
     batch: Annotated[int, typer.Option(help="Windows of 256 tokens a step.")] = 16,
-    peak: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    peak: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     sharpen: Annotated[
         float, typer.Option(help="Weight of the entropy of right guesses (CAP) in the last fifth.")
     ] = 0.5,
@@ -206,7 +205,6 @@ def main(
     network = LLaDA2(config)
     for moe in network.moe_layers:
         moe.experts = StackedExperts(config)
-        moe.experts.capacity = CAPACITY
     initialise(network, seed)
     optimizer = make_optimizer(network)
     state_file, first = out / "state.pt", 0
