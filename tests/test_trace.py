@@ -1,5 +1,9 @@
 """What a trace file must keep: every finished sequence, and nothing that contradicts itself."""
 
+import contextlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,8 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hand_made import CONFIG, B, E, K, L, decode, writer
 
 from tidesim.errors import TraceError
 from tidesim.trace import (
@@ -16,91 +19,9 @@ from tidesim.trace import (
     DATASETS,
     FORWARDS,
     SEQUENCES,
-    ForwardKind,
-    ForwardRouting,
     SequenceRouting,
     Trace,
-    TraceWriter,
-    Workload,
 )
-
-L, E, K, B = 2, 16, 2, 4
-CONFIG = {
-    "num_hidden_layers": L + 1,
-    "first_k_dense_replace": 1,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "moe_intermediate_size": 4,
-    "num_experts": E,
-    "num_experts_per_tok": K,
-    "num_shared_experts": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "vocab_size": 32,
-}
-PREFILL, DENOISE, COMMIT = ForwardKind.PREFILL, ForwardKind.DENOISE, ForwardKind.COMMIT
-
-
-def writer(path: Path, *, kv_cache: bool = True, **changes: Any) -> TraceWriter:
-    arguments: dict[str, Any] = {
-        "config": CONFIG,
-        "model_name": "hand-made",
-        "block_length": B,
-        "sampler": {"threshold": 0.95},
-        "seed": 7,
-        "origin": "recorded",
-        "kv_cache": kv_cache,
-    }
-    return TraceWriter(path, **(arguments | changes))
-
-
-def decode(rng: np.random.Generator, prompt_tokens: int, steps: list[int]) -> tuple[SequenceRouting, SequenceRouting]:
-    """One answer of a block-causal network, as an engine with a KV cache records it and as one without.
-
-    `steps` are the denoising steps of each decoded block. A finished block routes in the same way ever after.
-    """
-    first = prompt_tokens // B
-    finished = [rng.integers(E, size=(B, L, K)) for _ in range(first + len(steps))]
-    forwards: tuple[list[ForwardRouting], list[ForwardRouting]] = ([], [])
-    ids: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-
-    def add(side: int, kind: ForwardKind, block: int, step: int, rows: list[np.ndarray], context: int) -> None:
-        ids[side].extend(rows)
-        num_rows = sum(map(len, rows))
-        forwards[side].append(
-            ForwardRouting(
-                block=block,
-                step=step,
-                kind=kind,
-                context_tokens=context,
-                routed_tokens=num_rows,
-                masked_tokens=1 if kind == DENOISE else 0,
-                accepted_tokens=1 if kind == DENOISE else 0,
-                wall_ns=len(ids[side]),
-            )
-        )
-
-    if first:
-        add(0, PREFILL, first, 0, finished[:first], 0)
-    for block, num_steps in enumerate(steps, first):
-        for step in range(num_steps):
-            rows = rng.integers(E, size=(B, L, K))
-            add(0, DENOISE, block, step, [rows], block * B)
-            add(1, DENOISE, block, step, [*finished[:block], rows], 0)
-        if block < first + len(steps) - 1:
-            add(0, COMMIT, block, num_steps, [finished[block]], block * B)
-    tokens = np.arange(prompt_tokens + len(steps) * B - prompt_tokens % B, dtype=np.int32)
-    parts = [
-        SequenceRouting(
-            prompt_ids=tokens[:prompt_tokens],
-            generated_ids=tokens[prompt_tokens:],
-            forwards=forwards[side],
-            expert_ids=np.concatenate(ids[side]),
-        )
-        for side in (0, 1)
-    ]
-    return parts[0], parts[1]
 
 
 @pytest.fixture
@@ -218,122 +139,287 @@ def test_fingerprint_follows_the_routing_and_nothing_else(tmp_path: Path, sequen
     assert len(set(found.values())) == 3
 
 
-# --- workloads ----------------------------------------------------------------------------------------------------
+# --- refusals: writing --------------------------------------------------------------------------------------------
 
 
-def assert_same(left: Workload, right: Workload) -> None:
-    for name in Workload.__dataclass_fields__:
-        if name != "fingerprint":
-            a, b = getattr(left, name), getattr(right, name)
-            assert np.array_equal(a, b), name
-            assert getattr(a, "dtype", None) == getattr(b, "dtype", None), name
-
-
-@pytest.mark.parametrize("context", ["block", "full"])
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    shapes=st.lists(st.tuples(st.integers(0, 11), st.lists(st.integers(1, 3), min_size=1, max_size=4)), max_size=3),
-)
-def test_both_kinds_of_recording_give_the_same_workload(
-    tmp_path_factory: pytest.TempPathFactory, context: Any, seed: int, shapes: list[tuple[int, list[int]]]
-) -> None:
-    folder = tmp_path_factory.mktemp("pair")
-    rng = np.random.default_rng(seed)
-    with writer(folder / "cached.h5") as cached, writer(folder / "uncached.h5", kv_cache=False) as uncached:
-        for prompt_tokens, steps in shapes:
-            with_cache, without = decode(rng, prompt_tokens, steps)
-            cached.append(with_cache)
-            uncached.append(without)
-    with Trace.open(folder / "cached.h5") as one, Trace.open(folder / "uncached.h5") as two:
-        assert_same(one.workload(context), two.workload(context))
-
-
-def test_workload_of_a_cached_recording_counts_each_forward(path: Path, sequence: SequenceRouting) -> None:
+def test_an_existing_file_is_not_overwritten_unless_told(path: Path) -> None:
+    with pytest.raises(TraceError, match=r"trace.h5: exists already"):
+        writer(path)
+    with writer(path, overwrite=True):
+        pass
     with Trace.open(path) as trace:
-        workload = trace.workload("block", sequences=[1])
-    assert workload.kind.tolist() == [PREFILL, DENOISE, DENOISE, COMMIT, DENOISE, DENOISE, DENOISE]
-    assert workload.sequence.tolist() == [1] * 7
-    assert workload.block.tolist() == [2, 2, 2, 2, 3, 3, 3]
-    assert workload.step.tolist() == [0, 0, 1, 2, 0, 1, 2]
-    assert workload.is_first_block.tolist() == [True] * 4 + [False] * 3
-    assert workload.tokens.tolist() == [8, 4, 4, 4, 4, 4, 4]
-    assert workload.context_tokens.tolist() == [0, 8, 8, 8, 12, 12, 12]
-    assert workload.logit_tokens.tolist() == [0, 4, 4, 0, 4, 4, 4]
-    assert (workload.generated_tokens, workload.num_sequences, workload.max_tokens) == (7, 1, 16)
-    start = 0
-    for forward, num_rows in enumerate(workload.tokens):
-        for layer in range(L):
-            expected = np.zeros(E, int)
-            np.add.at(expected, sequence.expert_ids[start : start + num_rows, layer], 1)
-            assert workload.counts[forward, layer].tolist() == expected.tolist()
-        start += num_rows
+        assert len(trace.sequences) == 0
 
 
-def test_full_workload_routes_the_whole_prefix_in_every_step(path: Path, sequence: SequenceRouting) -> None:
-    with Trace.open(path) as trace:
-        workload = trace.workload("full", sequences=[0])
-    assert workload.tokens.tolist() == [12, 12, 16, 16, 16]
-    assert workload.context_tokens.tolist() == [0] * 5
-    assert workload.max_tokens == 16
-    ids = sequence.expert_ids
-    rows = np.concatenate([ids[:8], ids[16:20], ids[28:32]])  # prefill, commit of block 2, last step of block 3
-    expected = np.stack([np.bincount(rows[:, layer].ravel(), minlength=E) for layer in range(L)])
-    assert np.array_equal(workload.counts[-1], expected)
+def test_a_file_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="cannot be created"):
+        writer(tmp_path / "missing" / "trace.h5")
 
 
-def test_full_workload_is_refused_when_a_commit_is_missing(tmp_path: Path, sequence: SequenceRouting) -> None:
-    kept = [forward for forward in sequence.forwards if forward.kind != COMMIT]
-    with writer(tmp_path / "x.h5") as out:
-        out.append(replace(sequence, forwards=kept, expert_ids=np.delete(sequence.expert_ids, np.s_[16:20], axis=0)))
-    with Trace.open(tmp_path / "x.h5") as trace:
-        assert trace.workload("block").num_forwards == 6
-        with pytest.raises(TraceError, match=r"x.h5: sequence 0, block 3: .* hold 8 of 12 .* context='block'"):
-            trace.workload("full")
+@pytest.mark.parametrize(("field", "value"), [("origin", "invented"), ("block_length", 0)])
+def test_arguments_out_of_range_are_refused(tmp_path: Path, field: str, value: object) -> None:
+    with pytest.raises(TraceError, match=field):
+        writer(tmp_path / "trace.h5", **{field: value})
+    assert not (tmp_path / "trace.h5").exists()
 
 
-def test_block_workload_is_refused_when_forwards_are_not_whole_blocks(
+def test_a_sequence_that_does_not_fit_together_is_refused_and_leaves_the_file_as_it_was(
     tmp_path: Path, sequence: SequenceRouting
 ) -> None:
-    with writer(tmp_path / "x.h5", kv_cache=False) as out:
+    first, *rest = sequence.forwards
+    ids = sequence.expert_ids
+    high = ids.copy()
+    high[5, 1, 0] = E
+    broken = {
+        "must be integers": replace(sequence, expert_ids=ids[:-1]),
+        "not float64": replace(sequence, expert_ids=ids.astype(float)),
+        "row 5, layer 1, slot 0: expert 16 must be in 0..15": replace(sequence, expert_ids=high),
+        "at least one forward": replace(sequence, forwards=[], expert_ids=ids[:0]),
+        r"row 0: routed_tokens\(=0\)": replace(sequence, forwards=[replace(first, routed_tokens=0), *rest]),
+        r"row 0: masked_tokens\(=-1\)": replace(sequence, forwards=[replace(first, masked_tokens=-1), *rest]),
+        r"row 0: kind\(=9\)": replace(sequence, forwards=[replace(first, kind=9), *rest]),  # type: ignore[arg-type]
+    }
+    with writer(tmp_path / "trace.h5") as out:
         out.append(sequence)
-    with Trace.open(tmp_path / "x.h5") as trace, pytest.raises(TraceError, match="must route"):
-        trace.workload("block")
+        for message, part in broken.items():
+            with pytest.raises(TraceError, match=message):
+                out.append(part)
+        out.append(sequence)
+    with Trace.open(tmp_path / "trace.h5") as trace:
+        assert len(trace.sequences) == 2
+        assert np.array_equal(trace.expert_ids(len(ids), 2 * len(ids)), ids)
 
 
-def test_counts_do_not_depend_on_the_reading_window(
-    path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
-) -> None:
+# --- refusals: reading --------------------------------------------------------------------------------------------
+
+
+def test_a_missing_trace_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="no trace"):
+        Trace.open(tmp_path / "nothing.h5")
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.h5").write_text("step,layer,expert\n")
+    assert "not an HDF5 file" in refusal(tmp_path / "text.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = [1]
+    assert "no tidesim trace" in refusal(tmp_path / "other.h5")
+
+
+def test_a_newer_version_is_refused_before_anything_else(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        del file["forwards"], file.attrs["model"]
+        file.attrs["version"] = 2
+    assert "version 2, newer than 1; upgrade tidesim" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "field", [field for field in ATTRIBUTES if field.name != "format"], ids=lambda field: field.name
+)
+def test_a_missing_or_mistyped_attribute_is_named(path: Path, field: Any) -> None:
+    with h5py.File(path, "a") as file:
+        file.attrs[field.name] = 0.5
+    assert f"attribute {field.name} must be {field.dtype}" in refusal(path)
+    with h5py.File(path, "a") as file:
+        del file.attrs[field.name]
+    assert f"attribute {field.name} is missing" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["sequences", "forwards", "routing/expert_ids", "routing/offsets"])
+def test_a_missing_or_shortened_dataset_is_named(path: Path, name: str) -> None:
+    with h5py.File(path, "a") as file:
+        file[name].resize(len(file[name]) - 1, axis=0)
+    message = refusal(path)
+    assert "record it again" in message
+    assert name in message or name == "sequences"  # one sequence less: the forwards are then too many
+    with h5py.File(path, "a") as file:
+        del file[name]
+    assert f"dataset /{name} is missing" in refusal(path)
+
+
+def edit(name: str, row: object, column: str | None, value: int) -> Any:
+    def change(file: h5py.File) -> None:
+        if column is None:
+            file[name][row] = value
+        else:
+            rows = file[name][:]
+            rows[column][row] = value
+            file[name][...] = rows
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit("routing/expert_ids", (5, 1, 0), None, E), "/routing/expert_ids row 5, layer 1, slot 0: expert 16"),
+        (edit("routing/offsets", 3, None, 11), "/routing/offsets row 3: 11 must be 16"),
+        (edit("routing/offsets", 0, None, 1), "/routing/offsets row 0: 1 must be 0"),
+        (edit("forwards", 2, "routed_tokens", 5), "/routing/offsets row 3: 16 must be 17"),
+        (edit("forwards", 2, "routed_tokens", 0), "/forwards row 2: routed_tokens(=0) must be >= 1"),
+        (edit("forwards", 2, "step", -1), "/forwards row 2: step(=-1) must be >= 0"),
+        (edit("forwards", 2, "sequence", 1), "/forwards row 2: sequence(=1) must be 0"),
+        (edit("forwards", 2, "kind", 3), "/forwards row 2: kind(=3) must be 0, 1 or 2"),
+        (edit("sequences", 1, "first_forward", 6), "/sequences row 1: first_forward(=6) must be 7"),
+        (edit("sequences", 1, "num_forwards", 0), "/sequences row 1: num_forwards(=0) must be >= 1"),
+        (edit("sequences", 1, "num_forwards", 9), "/forwards has 14 rows, not 16"),
+        (edit("sequences", 1, "first_token", -1), "/sequences row 1: first_token(=-1) must be 16"),
+        (edit("sequences", 0, "prompt_tokens", 8), "/sequences row 1: first_token(=16) must be 15"),
+    ],
+)
+def test_rows_that_contradict_each_other_are_named(path: Path, change: Any, message: str) -> None:
+    with h5py.File(path, "a") as file:
+        change(file)
+    assert message in refusal(path)
+
+
+def replace_dataset(name: str, value: Any) -> Any:
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_dataset("routing/expert_ids", np.zeros((64, L, K + 1), "u1")), "/routing/expert_ids must hold uint8"),
+        (replace_dataset("routing/expert_ids", np.zeros((64, L, K), "f4")), "not float32"),
+        (replace_dataset("routing/offsets", np.zeros((15, 2), "i8")), "/routing/offsets must hold"),
+        (replace_dataset("forwards", np.zeros(14, "i4")), "/forwards: column sequence, block"),
+        (replace_dataset("sequences", np.zeros(2, [(field.name, "f8") for field in SEQUENCES])), "must hold integers"),
+        (replace_dataset("sequences", 5), "/sequences is missing or has no rows"),
+        (replace_dataset("routing/weights", np.zeros((64, L), "f2")), "/routing/weights must hold float16"),
+        (replace_dataset("tokens", np.zeros(31, "i4")), "/tokens has 31 rows, not 32"),
+    ],
+)
+def test_datasets_of_another_shape_or_type_are_named(path: Path, change: Any, message: str) -> None:
+    with h5py.File(path, "a") as file:
+        if "weights" in message:
+            file["routing/weights"] = 0
+        change(file)
+    assert message in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_experts", E + 1, "num_experts(=17) must be 16, as in config"),
+        ("origin", "dreamt", "origin(='dreamt')"),
+        ("block_length", 0, "block_length(=0)"),
+        ("version", 0, "version(=0)"),
+        ("config", "{}", "attribute config: hand-made"),
+        ("config", "[1]", "attribute config must be json"),
+    ],
+)
+def test_attributes_that_make_no_sense_are_named(path: Path, name: str, value: object, message: str) -> None:
+    with h5py.File(path, "a") as file:
+        file.attrs[name] = value
+    assert message in refusal(path)
+
+
+def test_rows_that_are_not_there_cannot_be_read(path: Path) -> None:
     with Trace.open(path) as trace:
-        whole = trace.workload("full")
-        for rows in (1, 3, 7):
-            monkeypatch.setattr("tidesim.workload.WINDOW_ROWS", rows)
-            monkeypatch.setattr("tidesim.trace.WINDOW_ROWS", rows)
-            assert_same(whole, trace.workload("full"))
-            with Trace.open(path) as again:
-                assert again.fingerprint == trace.fingerprint
+        for start, stop in ((-1, 3), (3, 2), (0, 65)):
+            with pytest.raises(ValueError, match=r"must lie within 0:64"):
+                trace.expert_ids(start, stop)
+        with pytest.raises(ValueError, match="context"):
+            trace.workload("prefix")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("sequences", [[2], [-1], [0, 0]])
-def test_workload_refuses_sequences_that_are_not_there(path: Path, sequences: list[int]) -> None:
-    with Trace.open(path) as trace, pytest.raises(ValueError, match="sequences"):
-        trace.workload("block", sequences)
+# --- cut off and killed -------------------------------------------------------------------------------------------
 
 
-def test_tiled_workload_repeats_the_layers(path: Path) -> None:
+def test_a_file_cut_off_anywhere_is_refused(path: Path) -> None:
+    whole = path.read_bytes()
+    for size in np.linspace(0, len(whole) - 1, 150).astype(int):
+        path.write_bytes(whole[:size])
+        assert "again" in refusal(path) or "not an HDF5 file" in refusal(path)
+
+
+def test_a_damaged_file_is_read_or_refused_but_never_crashes(path: Path) -> None:
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(8, len(whole), 300):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ int(rng.integers(1, 256))]) + whole[place + 1 :])
+        with contextlib.suppress(TraceError), Trace.open(path) as trace:
+            assert trace.num_rows == 64
+
+
+def test_a_recording_that_fails_keeps_its_finished_sequences(tmp_path: Path, sequence: SequenceRouting) -> None:
+    with contextlib.suppress(KeyboardInterrupt), writer(tmp_path / "trace.h5") as out:
+        out.append(sequence)
+        raise KeyboardInterrupt
+    with Trace.open(tmp_path / "trace.h5") as trace:
+        assert len(trace.sequences) == 1
+        assert not trace.is_complete
+
+
+def test_a_recording_can_be_opened_while_it_runs(tmp_path: Path, sequence: SequenceRouting) -> None:
+    with writer(tmp_path / "trace.h5") as out:
+        for num_sequences in range(4):
+            with Trace.open(tmp_path / "trace.h5") as trace:
+                assert len(trace.sequences) == num_sequences
+                assert not trace.is_complete
+            out.append(sequence)
+
+
+def test_rows_of_an_unfinished_append_are_ignored(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file.attrs["complete"] = np.bool_(False)
+        for name in ("sequences", "forwards", "tokens", "routing/expert_ids", "routing/offsets"):
+            file[name].resize(len(file[name]) + 3, axis=0)
     with Trace.open(path) as trace:
-        workload = trace.workload()
-    tiled = workload.tiled(5)
-    assert tiled.num_layers == 5
-    for layer in range(5):
-        assert np.array_equal(tiled.counts[:, layer], workload.counts[:, layer % L])
-    with pytest.raises(ValueError, match="num_layers"):
-        workload.tiled(0)
+        assert len(trace.sequences) == 2
+        assert trace.num_rows == 64
 
 
-def test_an_empty_trace_gives_an_empty_workload(tmp_path: Path) -> None:
-    with writer(tmp_path / "empty.h5"):
-        pass
-    with Trace.open(tmp_path / "empty.h5") as trace:
-        for context in ("block", "full"):
-            assert trace.workload(context).counts.shape == (0, L, E)  # type: ignore[arg-type]
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+import numpy as np
+from hand_made import decode, writer
+
+folder, rng = Path(sys.argv[1]), random.Random(0)
+sequence = decode(np.random.default_rng(0), 9, [3] * 40)[0]
+for number in range(40):
+    child = os.fork()
+    if not child:
+        with writer(folder / f"{number}.h5") as out, (folder / f"{number}.done").open("ab", buffering=0) as done:
+            while True:
+                out.append(sequence)
+                done.write(b".")
+    while not (folder / f"{number}.done").exists():
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.03))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked writer")
+def test_a_writer_killed_at_any_moment_leaves_every_finished_sequence(tmp_path: Path) -> None:
+    sequence = decode(np.random.default_rng(0), 9, [3] * 40)[0]
+    tests = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(tests), str(tests.parent)], check=True, timeout=60)
+    num_finished = []
+    for number in range(40):
+        num_appended = (tmp_path / f"{number}.done").stat().st_size
+        with Trace.open(tmp_path / f"{number}.h5") as trace:
+            assert not trace.is_complete
+            # The last append may have ended, and its dot not have been written.
+            assert len(trace.sequences) - num_appended in (0, 1)
+            for row in trace.sequences:
+                start, stop = trace.offsets[[row["first_forward"], row["first_forward"] + row["num_forwards"]]]
+                assert np.array_equal(trace.expert_ids(start, stop), sequence.expert_ids)
+            num_finished.append(len(trace.sequences))
+    assert len(set(num_finished)) > 1  # the kills came at different moments
+
+
+def test_a_writer_killed_before_its_first_flush_is_told_apart_from_damage(path: Path) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[11] |= 1  # open for writing, but not yet for reading at the same time
+    path.write_bytes(damaged)
+    assert "stopped before the first sequence" in refusal(path)

@@ -141,7 +141,6 @@ class TraceWriter:
         self._is_private = is_private
         self._has_weights = has_weights
         self._num_sequences = self._num_forwards = self._num_rows = self._num_tokens = 0
-        self._file = _create(self.path, overwrite)
         attributes = {
             "format": FORMAT,
             "version": VERSION,
@@ -159,6 +158,7 @@ class TraceWriter:
             "sampler": json.dumps(dict(sampler), sort_keys=True),
             "seed": seed,
         }
+        self._file = _create(self.path, overwrite)
         for name, value in attributes.items():
             self._file.attrs[name] = value
         self._create_datasets()
@@ -308,9 +308,7 @@ class Trace:
         """
         found = find_shipped("traces", str(path), ".h5", TraceError)
         with _reading(found):
-            if not h5py.is_hdf5(found):
-                raise TraceError(f"{found}: not an HDF5 file, or cut off at its start; a tidesim trace is expected.")
-            file = h5py.File(found, "r", swmr=_was_left_open(found))
+            file = h5py.File(found, "r", swmr=_is_being_written(found))
             try:
                 return cls(found, file)
             except BaseException:
@@ -469,15 +467,20 @@ def _reading(path: Path) -> Iterator[None]:
         raise TraceError(f"{path}: cannot be read ({error}); {MEND}") from error
 
 
-def _was_left_open(path: Path) -> bool:
-    """Whether a writer has the file open, or was killed while it had: then it must be read as a second reader.
+def _is_being_written(path: Path) -> bool:
+    """Whether a writer has the file open, or was killed while it had: it must then be opened as a second reader.
 
-    Byte 8 of the file is the version of the superblock and byte 11 its consistency flags, of which bit 2 stands for
-    single-writer/multiple-reader writing (HDF5 File Format Specification 3.0, superblock versions 2 and 3).
+    Byte 8 of the file is the version of the superblock and byte 11 its consistency flags: bit 0 is set while it is
+    open for writing, bit 2 while it may be read at the same time (HDF5 File Format Specification 3.0, section II.A).
     """
     with path.open("rb") as file:
         head = file.read(12)
-    return len(head) == 12 and head[8] == 3 and bool(head[11] & 4)
+    if not head.startswith(b"\x89HDF\r\n\x1a\n"):
+        raise TraceError(f"{path}: not an HDF5 file; a tidesim trace is expected.")
+    flags = head[11] if len(head) == 12 and head[8] == 3 else 0
+    if flags & 1 and not flags & 4:
+        raise TraceError(f"{path}: its writer stopped before the first sequence, or has just begun; record it again.")
+    return bool(flags & 4)
 
 
 def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
