@@ -118,7 +118,7 @@ class Rotary:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the leading dimensions of each head, halves paired (not neighbours). x [N, heads, T, C]."""
     size = cos.shape[-1]
-    turning, still = x.split((size, x.shape[-1] - size), dim=-1)
+    turning, still = torch.split(x, [size, x.shape[-1] - size], dim=-1)
     first, second = turning.chunk(2, dim=-1)
     half = torch.cat((-second, first), dim=-1)
     return torch.cat((turning * cos + half * sin, still), dim=-1)
@@ -129,11 +129,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.query_key_value = nn.Linear(config.hidden_size, width, bias=False)
         self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -145,7 +142,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         N, T, _ = x.shape
         heads = self.query_key_value(x).view(N, T, -1, self.head_dim).transpose(1, 2)  # [N, H + 2G, T, C]
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        query, key, value = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         query = rotate(self.query_layernorm(query), *rotary)  # [N, H, T, C]
         key = rotate(self.key_layernorm(key), *rotary)  # [N, G, T, C]
         if cache is not None:
@@ -244,9 +241,9 @@ class StackedExperts(nn.Module):
         padded = torch.cat((x, x.new_zeros(1, x.shape[1]))).index_select(0, tokens)  # [num_rows, D]
         used = by_load[: parts[-1][1]]
         widths = [stop - start for start, stop, _ in parts]
-        batches = padded.split([width * rows for width, (_, _, rows) in zip(widths, parts, strict=True)])
-        gate_ups = self.gate_up.index_select(0, used).transpose(1, 2).split(widths)
-        downs = self.down.index_select(0, used).transpose(1, 2).split(widths)
+        batches = torch.split(padded, [width * rows for width, (_, _, rows) in zip(widths, parts, strict=True)])
+        gate_ups = torch.split(self.gate_up.index_select(0, used).transpose(1, 2), widths)
+        downs = torch.split(self.down.index_select(0, used).transpose(1, 2), widths)
         outputs = []
         for batch, gate_up, down in zip(batches, gate_ups, downs, strict=True):
             gate, up = torch.bmm(batch.view(len(gate_up), -1, x.shape[1]), gate_up).chunk(2, dim=-1)  # [part, rows, I]
