@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from engine_cases import SMALL, small_network  # noqa: E402
+import torch
+from engine_cases import SMALL, small_network
 
-from tidesim.engine import generate as decoding  # noqa: E402
-from tidesim.engine.generate import Generation, Sampler, generate  # noqa: E402
-from tidesim.engine.model import LLaDA2  # noqa: E402
-from tidesim.errors import InputError  # noqa: E402
-from tidesim.trace import ForwardKind, Trace, TraceWriter  # noqa: E402
+from tidesim.engine import generate as decoding
+from tidesim.engine.generate import Generation, Sampler, generate
+from tidesim.engine.model import LLaDA2
+from tidesim.errors import InputError
+from tidesim.trace import ForwardKind, Trace, TraceWriter
 
 B, MASK, END = 8, 2, 0
 PREFILL, DENOISE, COMMIT = ForwardKind.PREFILL, ForwardKind.DENOISE, ForwardKind.COMMIT

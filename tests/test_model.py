@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from engine_cases import SMALL, small_network  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn import functional  # noqa: E402
+import torch
+from engine_cases import SMALL, small_network
+from torch import Tensor
+from torch.nn import functional
 
-from tidesim.engine.model import KVCache, LLaDA2, NetworkConfig, Routing, StackedExperts, block_causal_mask  # noqa: E402
-from tidesim.errors import ModelError  # noqa: E402
+from tidesim.engine.model import KVCache, LLaDA2, NetworkConfig, Routing, StackedExperts, block_causal_mask
+from tidesim.errors import ModelError
 
 B = 8
 
