@@ -93,6 +93,15 @@ def test_ids_are_as_narrow_as_the_number_of_experts_allows(tmp_path: Path, rng: 
             assert trace.expert_ids(0, B).max() == num_experts - 1
 
 
+def test_long_settings_are_kept_whole(tmp_path: Path) -> None:
+    config = CONFIG | {"id2label": {str(label): "é" * 20 for label in range(5000)}}
+    with writer(tmp_path / "long.h5", config=config, model_name="modèle"):
+        pass
+    with Trace.open(tmp_path / "long.h5") as trace:
+        assert trace.hf_config == config
+        assert trace.model_name == "modèle"
+
+
 def test_private_trace_keeps_lengths_but_no_tokens(tmp_path: Path, sequence: SequenceRouting) -> None:
     with writer(tmp_path / "private.h5", is_private=True) as out:
         out.append(sequence)
@@ -204,6 +213,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = [1]
     assert "no tidesim trace" in refusal(tmp_path / "other.h5")
+    for value in ("sparse", [1, 2], b"\xff"):
+        with h5py.File(tmp_path / "other.h5", "a") as file:
+            file.attrs["format"] = value
+        assert "no tidesim trace" in refusal(tmp_path / "other.h5")
 
 
 def test_a_newer_version_is_refused_before_anything_else(path: Path) -> None:

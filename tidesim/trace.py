@@ -160,7 +160,7 @@ class TraceWriter:
         }
         self._file = _create(self.path, overwrite)
         for name, value in attributes.items():
-            self._file.attrs[name] = value
+            self._file.attrs[name] = _fixed(value) if isinstance(value, str) else value
         self._create_datasets()
         self._file.flush()
         # From here on every flush leaves a file that can be opened, whatever becomes of this process.
@@ -449,6 +449,12 @@ def _create(path: Path, overwrite: bool) -> h5py.File:
         raise TraceError(f"{path}: exists already; give another name, or allow overwriting.") from None
     except OSError as error:
         raise TraceError(f"{path}: cannot be created ({error}).") from None
+
+
+def _fixed(text: str) -> npt.NDArray[Any]:
+    # Text of fixed length lies among the checksummed metadata; HDF5 hangs on some damage to text of variable length.
+    raw = text.encode()
+    return np.array(raw, h5py.string_dtype("utf-8", max(1, len(raw))))
 
 
 def _tool_version() -> str:

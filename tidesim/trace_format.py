@@ -93,7 +93,7 @@ def starts(lengths: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
 
 def parse_attributes(attributes: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The attributes of a trace file as Python values. Raise TraceError for another format, or a value out of place."""
-    if attributes.get("format") != FORMAT:
+    if not _is_ours(attributes.get("format")):
         raise TraceError(f"{path}: an HDF5 file, but no tidesim trace; convert traces of other tools first.")
     version = attributes.get("version")
     if isinstance(version, np.integer) and version > VERSION:
@@ -115,7 +115,16 @@ def parse_attributes(attributes: Mapping[str, Any], path: Path) -> dict[str, Any
     return values
 
 
+def _is_ours(value: object) -> bool:
+    try:
+        return _text(value) == FORMAT
+    except (TypeError, ValueError):
+        return False
+
+
 def _text(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.decode()
     if not isinstance(value, str):
         raise TypeError
     return value
