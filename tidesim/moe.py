@@ -69,7 +69,7 @@ class MoEConfig:
         Raise ModelError naming every required key that is missing or is not a whole number >= 0.
         """
         wanted = {**_KEYS, "num_hidden_layers": "num_hidden_layers", "first_k_dense_replace": "first_k_dense_replace"}
-        values = {field: config.get(key) for field, key in wanted.items()}
+        values: dict[str, Any] = {field: config.get(key) for field, key in wanted.items()}
         bad = [wanted[field] for field, value in values.items() if not _is_count(value)]
         if bad:
             raise ModelError(f"{name}: config.json must hold whole numbers >= 0 for {', '.join(sorted(bad))}.")
