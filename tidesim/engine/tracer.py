@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from tidesim.engine.checkpoint import ExpertStorage, load_network
-from tidesim.engine.generate import Generation, Sampler, generate
+from tidesim.engine.generate import Sampler, generate
 from tidesim.engine.tokenizer import Prompt, TextCodec
 from tidesim.errors import InputError
 from tidesim.moe import read_hf_config
@@ -31,6 +31,10 @@ class Recording:
         """Time spent on recording over time spent on generating."""
         return self.record_s / self.generate_s
 
+    def to_dict(self) -> dict[str, object]:
+        """All of it by name, ready for JSON."""
+        return {**asdict(self), "path": str(self.path), "overhead": self.overhead}
+
 
 def record(
     folder: Path,
@@ -44,11 +48,12 @@ def record(
     has_weights: bool = False,
     is_private: bool = False,
     overwrite: bool = False,
-    on_sequence: Callable[[str, Generation], None] | None = None,
+    on_sequence: Callable[[int, str], None] | None = None,
 ) -> Recording:
     """Generate from every prompt with the model in `folder` and write the routing of all forwards to `out`.
 
-    Each finished sequence is on disk before the next begins. `on_sequence` gets its text and its generation.
+    Each finished sequence is on disk before the next begins. `on_sequence` gets how many are finished and the text
+    of the last one.
     Raise ModelError for an unusable folder, TraceError if `out` exists and `overwrite` is not set, and InputError for
     a prompt that cannot be answered; what was finished before stays in the file.
     """
@@ -74,7 +79,7 @@ def record(
         has_weights=has_weights,
         overwrite=overwrite,
     ) as writer:
-        for ids in encoded:
+        for number, ids in enumerate(encoded, start=1):
             began = time.perf_counter()
             generation = generate(network, ids, sampler, mask_id=codec.mask_id, end_id=codec.end_id, rng=rng)
             generated = time.perf_counter()
@@ -84,7 +89,7 @@ def record(
             generated_tokens += len(generation.tokens)
             num_forwards += len(generation.forwards)
             if on_sequence is not None:
-                on_sequence(codec.decode(generation.tokens), generation)
+                on_sequence(number, codec.decode(generation.tokens))
     return Recording(
         path=out,
         num_sequences=len(encoded),

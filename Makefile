@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all set-up on a fresh machine: a virtual environment in .venv, PyTorch for the CPU
+# where there is no NVIDIA GPU, and tidesim itself. Set PYTHON to choose an interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := runs/demo
+
+# Without a GPU the full PyTorch would bring several GB of CUDA libraries that nothing here could use.
+TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.8,torch==2.13.0)
+
+.PHONY: demo test slow lint clean
+
+demo: $(VENV)/engine.ready
+	@BIN=$(BIN) RUNS=$(RUNS) sh tests/demo.sh
+
+test: $(VENV)/dev.ready
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/dev.ready
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy tidesim
+
+$(VENV)/engine.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tidesim needs Python 3.11 or newer; set PYTHON=")'
+	@echo "setting up $(VENV), once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine]'
+	@touch $@
+
+$(VENV)/dev.ready: $(VENV)/engine.ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs dist
