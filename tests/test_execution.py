@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import NEVER_BOUND, TOY, toy_execution, toy_hardware
 
@@ -169,6 +169,7 @@ def test_experts_of_fewer_bits_move_and_stream_faster():
     assert (made.promote_ns, made.loop_ns.tolist(), made.host_expert_ns.tolist()) == (160, [0, 50], [0, 520])
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 40), context=st.integers(0, 4000), scale=st.floats(1, 100))
 def test_a_faster_memory_is_never_slower(rows, context, scale):
     fast = hardware("device", bytes_per_s=0.24e9 * scale)

@@ -3,7 +3,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidesim.errors import BudgetError, InputError
@@ -209,6 +209,7 @@ contract = pytest.mark.parametrize("name", POLICIES)
 
 
 @contract
+@settings(deadline=None)
 @given(case=runs(), is_background=st.booleans())
 def test_moves_are_legal_and_never_exceed_the_budget(name, case, is_background):
     budgets, steps = case
@@ -218,6 +219,7 @@ def test_moves_are_legal_and_never_exceed_the_budget(name, case, is_background):
 
 
 @contract
+@settings(deadline=None)
 @given(case=runs())
 def test_a_second_run_with_the_same_object_repeats_the_first(name, case):
     budgets, steps = case
@@ -227,6 +229,7 @@ def test_a_second_run_with_the_same_object_repeats_the_first(name, case):
 
 
 @contract
+@settings(deadline=None)
 @given(case=runs())
 def test_a_budget_of_all_experts_needs_no_moves(name, case):
     budgets, steps = case
@@ -244,6 +247,7 @@ def test_the_object_says_what_it_is(name):
 
 
 @pytest.mark.parametrize("name", ["tide", "tide-as-coded"])
+@settings(deadline=None)
 @given(case=runs())
 def test_tide_moves_on_denoise_forwards_only_and_keeps_the_budget_full(name, case):
     budgets, steps = case
@@ -323,6 +327,7 @@ def test_tide_as_coded_evicts_as_the_description_says(budget):
 
 
 @only_cpython
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 511), unique=True, max_size=130), st.lists(st.integers(0, 511), unique=True, max_size=60)
 )

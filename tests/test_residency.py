@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidesim.errors import BudgetError, InputError
@@ -107,6 +107,7 @@ def test_one_number_serves_all_layers_and_a_list_serves_each():
         per_layer([1, 2], 3, "budget")
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_sequence_of_legal_moves_exceeds_the_budget(data):
     budget = data.draw(st.integers(0, 8))

@@ -42,7 +42,7 @@ def toy_hardware() -> Hardware:
         description="a machine of round numbers",
         is_unified=False,
         device=Device(
-            memory_bytes=10**6,
+            memory_bytes=4 * 2**30,
             bytes_per_s=0.24e9,
             experts_bytes_per_s=0.24e9,
             flops_per_s=NEVER_BOUND,
@@ -54,7 +54,7 @@ def toy_hardware() -> Hardware:
         ),
         host=Host(
             cores=1,
-            memory_bytes=10**6,
+            memory_bytes=4 * 2**30,
             bytes_per_s=0.048e9,
             bf16_flops_per_s=NEVER_BOUND,
             fp32_flops_per_s=NEVER_BOUND,

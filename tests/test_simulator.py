@@ -1,0 +1,570 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recurrence import timed_by_hand
+from toy import TOY, toy_execution, toy_hardware, toy_workload
+
+from tidesim.errors import BudgetError, InputError
+from tidesim.execution import execution
+from tidesim.policies import POLICIES, policy
+from tidesim.residency import Moves
+from tidesim.simulator import simulate
+
+# Rows of counts for the eight experts of the toy network: three rows, two experts each.
+SWAPPED = [0, 0, 3, 3, 0, 0, 0, 0]
+MIXED = [2, 2, 1, 1, 0, 0, 0, 0]
+
+
+def hardware(part: str, **changes):
+    plain = toy_hardware()
+    return replace(plain, **{part: replace(getattr(plain, part), **changes)})
+
+
+def play(tables, name="tide", *, budget=2, machine=None, kinds=None, steps=None, first_block=False, **changes):
+    """The timetable as sorted (resource, name, start, end), and the result, of forwards with one MoE layer each."""
+    workload = toy_workload(*([row] for row in tables), kinds=kinds, steps=steps, first_block=first_block)
+    params = {"popularity": [[2, 2, 1, 1, 0, 0, 0, 0]]} if name == "static" else {}
+    timeline = []
+    result = simulate(
+        workload,
+        TOY,
+        machine or toy_hardware(),
+        policy(name, **params),
+        budget=budget,
+        execution=toy_execution(**changes),
+        timeline=timeline,
+        is_memory_checked=False,
+    )
+    timeline.sort(key=lambda interval: (interval.start_ns, interval.resource))
+    return [tuple(interval[:4]) for interval in timeline], result
+
+
+def parts(result, layer="0"):
+    """Nanoseconds of one layer, in the order of `PARTS`."""
+    return [round(1e9 * seconds) for seconds in result.breakdown_by_layer_s[layer].values()]
+
+
+# --- timetables ---
+
+
+def test_host_after_device():
+    # Experts 2 and 3 miss with one row each: 500 + 50 + 2 x 110 ns for each.
+    timeline, result = play([MIXED], "static")
+    assert timeline == [
+        ("device", "entry", 0, 200),
+        ("device", "dense", 200, 1200),
+        ("device", "experts", 1200, 1400),
+        ("host", "experts", 1400, 2940),
+        ("device", "head", 2940, 3940),
+    ]
+    assert parts(result) == [1000, 200, 0, 1540, 0]
+    assert parts(result, "outside") == [1200, 0, 0, 0, 0]
+    assert (result.hits, result.misses, result.makespan_ns) == (4, 2, 3940)
+    assert result.busy_ns == {"device": 2400, "host": 1540, "h2d": 0, "d2h": 0}
+
+
+def test_host_beside_device():
+    timeline, result = play([MIXED], "static", host="parallel")
+    assert timeline == [
+        ("device", "entry", 0, 200),
+        ("device", "dense", 200, 1200),
+        ("device", "experts", 1200, 1400),
+        ("host", "experts", 1200, 2740),
+        ("device", "head", 2740, 3740),
+    ]
+    assert parts(result) == [1000, 200, 0, 1340, 0]
+
+
+def test_host_called_once_per_layer():
+    # One call 50, two rows there and back 2 x 210, two experts 1000.
+    _, result = play([MIXED], "static", host_calls="layer")
+    assert parts(result) == [1000, 200, 0, 1470, 0]
+    # Six missed pairs, but only three rows travel: 50 + 2 x 310 + 1000.
+    _, result = play([SWAPPED], "all-host", host_calls="layer")
+    assert parts(result) == [1000, 0, 0, 1670, 0]
+
+
+def test_launches_show_only_where_they_outlast_kernels():
+    # Dense 10 x 130 against 1000, experts 2 x 5 x 130 against 200, entry without dense layers none, head like dense.
+    slow = hardware("device", eager_op_s=130e-9)
+    timeline, result = play([[3, 3, 0, 0, 0, 0, 0, 0]], "static", machine=slow)
+    assert timeline == [
+        ("device", "entry", 0, 200),
+        ("device", "dense", 200, 1200),
+        ("device", "experts", 1500, 1700),
+        ("device", "head", 2800, 3800),
+    ]
+    assert parts(result) == [1000, 200, 300 + 1100, 0, 0]
+    assert result.makespan_ns == 4100
+
+
+def test_grouped_experts_are_one_kernel():
+    fixed = hardware("device", grouped_overhead_s=40e-9, eager_op_s=20e-9)
+    _, result = play([[3, 3, 0, 0, 0, 0, 0, 0]], "static", machine=fixed, kernels="grouped")
+    assert parts(result) == [1000, 240, 0, 0, 0]
+
+
+def test_blocking_moves_come_before_the_experts_evictions_first():
+    timeline, result = play([SWAPPED], write_back=True)
+    assert timeline == [
+        ("device", "entry", 0, 200),
+        ("device", "dense", 200, 1200),
+        ("d2h", "evict 0", 1200, 1710),
+        ("d2h", "evict 1", 1710, 2220),
+        ("h2d", "promote 2", 2220, 2530),
+        ("h2d", "promote 3", 2530, 2840),
+        ("device", "experts", 2840, 3040),
+        ("device", "head", 3040, 4040),
+    ]
+    assert parts(result) == [1000, 200, 0, 0, 1640]
+    assert (result.hits, result.promotions, result.evictions) == (6, 2, 2)
+    assert (result.h2d_bytes, result.d2h_bytes, result.num_copies) == (48, 48, 4)
+
+
+def test_evictions_without_write_back_are_free():
+    timeline, result = play([SWAPPED])
+    assert [entry for entry in timeline if entry[0] in ("d2h", "h2d")] == [
+        ("h2d", "promote 2", 1200, 1510),
+        ("h2d", "promote 3", 1510, 1820),
+    ]
+    assert (result.evictions, result.d2h_bytes, result.num_copies) == (2, 0, 2)
+
+
+def test_background_moves_run_under_later_work_and_count_from_the_next_forward():
+    timeline, result = play([SWAPPED, SWAPPED], copies="background")
+    # Two misses with three rows each: 2 x (500 + 50 + 2 x 310).
+    assert timeline == [
+        ("device", "entry", 0, 200),
+        ("device", "dense", 200, 1200),
+        ("host", "experts", 1200, 3540),
+        ("device", "head", 3540, 4540),
+        ("h2d", "promote 2", 3540, 3850),
+        ("h2d", "promote 3", 3850, 4160),
+        ("device", "entry", 4540, 4740),
+        ("device", "dense", 4740, 5740),
+        ("device", "experts", 5740, 5940),
+        ("device", "head", 5940, 6940),
+    ]
+    assert (result.hits, result.misses, result.promotions) == (6, 6, 2)
+    assert parts(result) == [2000, 200, 0, 2340, 0]
+
+
+def test_a_layer_waits_for_the_last_arrival_it_needs_while_the_host_starts_at_once():
+    # 121 latencies make a promotion 1510 ns long. The second forward also misses expert 4: 500 + 50 + 2 x 210.
+    slow = {"copies": "background", "copies_per_expert": 121}
+    timeline, result = play([SWAPPED, [0, 0, 2, 2, 2, 0, 0, 0]], host="parallel", **slow)
+    assert (
+        timeline[4:]
+        == [
+            ("h2d", "promote 2", 3540, 5050),
+            ("device", "entry", 4540, 4740),
+            ("device", "dense", 4740, 5740),
+            ("h2d", "promote 3", 5050, 6560),
+            ("host", "experts", 5740, 6710),
+            ("device", "experts", 6560, 6760),
+            ("device", "head", 6760, 7760),
+        ]
+        or timeline[3:] == []
+    )
+    assert parts(result) == [2000, 200, 0, 2340, 820]
+    serial, result = play([SWAPPED, [0, 0, 2, 2, 2, 0, 0, 0]], **slow)
+    assert serial[-2:] == [("host", "experts", 6760, 7730), ("device", "head", 7730, 8730)]
+
+
+def test_arrivals_that_nobody_needs_are_not_waited_for():
+    slow = {"copies": "background", "copies_per_expert": 121}
+    timeline, result = play([SWAPPED, [0, 0, 3, 0, 3, 0, 0, 0]], **slow)
+    assert ("h2d", "promote 3", 5050, 6560) in timeline
+    assert ("device", "experts", 5740, 5840) in timeline
+    assert parts(result)[4] == 0
+
+
+def test_background_write_back_saves_the_victim_before_its_slot_is_written():
+    # Both directions at half bandwidth: eviction 810, promotion 610. Rows go by pinned memory: host 2 x 1270.
+    timeline, result = play([SWAPPED, SWAPPED], copies="background", write_back=True, is_pinned=True)
+    assert [entry for entry in timeline if entry[2] >= 3740] == [
+        ("d2h", "evict 0", 3740, 4550),
+        ("device", "head", 3740, 4740),
+        ("d2h", "evict 1", 4550, 5360),
+        ("h2d", "promote 2", 4550, 5160),
+        ("device", "entry", 4740, 4940),
+        ("device", "dense", 4940, 5940),
+        ("h2d", "promote 3", 5360, 5970),
+        ("device", "experts", 5970, 6170),
+        ("device", "head", 6170, 7170),
+    ]
+    assert parts(result)[4] == 30
+
+
+def test_links_count_as_busy_up_to_the_end_of_the_run_only():
+    _, result = play([SWAPPED], copies="background", write_back=True, is_pinned=True)
+    assert result.makespan_ns == 4740
+    assert result.busy_ns == {"device": 2200, "host": 2540, "h2d": 4740 - 4550, "d2h": 4740 - 3740}
+    assert (result.promotions, result.h2d_bytes, result.d2h_bytes) == (2, 48, 48)
+
+
+def test_prefill_and_commit_forwards_have_no_head_and_no_refresh():
+    timeline, result = play([SWAPPED, SWAPPED, SWAPPED], kinds="pdc", steps=[0, 0, 1])
+    assert timeline == [
+        ("device", "entry", 0, 200),
+        ("device", "dense", 200, 1200),
+        ("host", "experts", 1200, 3540),
+        ("device", "entry", 3540, 3740),
+        ("device", "dense", 3740, 4740),
+        ("h2d", "promote 2", 4740, 5050),
+        ("h2d", "promote 3", 5050, 5360),
+        ("device", "experts", 5360, 5560),
+        ("device", "head", 5560, 6560),
+        ("device", "entry", 6560, 6760),
+        ("device", "dense", 6760, 7760),
+        ("device", "experts", 7760, 7960),
+    ]
+    assert (result.hits, result.misses) == (12, 6)
+
+
+# --- fetching ---
+
+# Expert 0 hits; 2 and 3 are fetched, 2 in the place of 1, which is idle, and 3 in the place of 0, which has rows.
+FETCHED = [2, 0, 2, 2, 0, 0, 0, 0]
+
+
+def test_fetched_experts_run_as_they_arrive_and_active_victims_leave_after_the_residents_ran():
+    timeline, result = play([FETCHED], "lru", copies="background")
+    assert timeline[2:] == [
+        ("device", "experts", 1200, 1300),
+        ("h2d", "promote 2", 1200, 1510),
+        ("device", "expert 2", 1510, 1610),
+        ("h2d", "promote 3", 1510, 1820),
+        ("device", "expert 3", 1820, 1920),
+        ("device", "head", 1920, 2920),
+    ]
+    assert parts(result) == [1000, 300, 0, 0, 420]
+    assert (result.hits, result.misses, result.promotions, result.evictions) == (2, 4, 2, 2)
+
+
+def test_a_copy_waits_for_residents_that_still_use_its_slot():
+    # Residents take 1000 ns, so the copy into the slot of expert 0 starts after them though the link is free.
+    slow = hardware("device", gemm_overhead_s=300e-9)
+    timeline, _ = play([FETCHED], "lru", machine=slow, copies="background")
+    assert [entry for entry in timeline if entry[0] == "h2d"] == [
+        ("h2d", "promote 2", 1200, 1510),
+        ("h2d", "promote 3", 2200, 2510),
+    ]
+    assert ("device", "expert 2", 2200, 3200) in timeline
+    assert ("device", "expert 3", 3200, 4200) in timeline
+
+
+def test_more_misses_than_slots_take_turns_in_them():
+    timeline, result = play([[0, 2, 2, 2, 0, 0, 0, 0]], "lru", budget=1, copies="background")
+    assert timeline[2:] == [
+        ("h2d", "promote 1", 1200, 1510),
+        ("device", "expert 1", 1510, 1610),
+        ("h2d", "promote 2", 1610, 1920),
+        ("device", "expert 2", 1920, 2020),
+        ("h2d", "promote 3", 2020, 2330),
+        ("device", "expert 3", 2330, 2430),
+        ("device", "head", 2430, 3430),
+    ]
+    assert parts(result) == [1000, 300, 0, 0, 930]
+
+
+def test_blocking_fetches_run_nothing_beside_them():
+    timeline, result = play([FETCHED], "lru", write_back=True)
+    assert timeline[2:] == [
+        ("device", "experts", 1200, 1300),
+        ("d2h", "evict 1", 1300, 1810),
+        ("h2d", "promote 2", 1810, 2120),
+        ("device", "expert 2", 2120, 2220),
+        ("d2h", "evict 0", 2220, 2730),
+        ("h2d", "promote 3", 2730, 3040),
+        ("device", "expert 3", 3040, 3140),
+        ("device", "head", 3140, 4140),
+    ]
+    assert parts(result) == [1000, 300, 0, 0, 1640]
+
+
+def test_background_fetches_with_write_back_send_the_victim_out_first():
+    timeline, _ = play([FETCHED], "lru", copies="background", write_back=True, is_pinned=True)
+    assert timeline[2:] == [
+        ("d2h", "evict 1", 1200, 2010),
+        ("device", "experts", 1200, 1300),
+        ("d2h", "evict 0", 2010, 2820),
+        ("h2d", "promote 2", 2010, 2620),
+        ("device", "expert 2", 2620, 2720),
+        ("h2d", "promote 3", 2820, 3430),
+        ("device", "expert 3", 3430, 3530),
+        ("device", "head", 3530, 4530),
+    ]
+
+
+def test_a_policy_that_leaves_out_a_missed_expert_is_refused():
+    lazy = policy("lru")
+    lazy.fetch = lambda *_: Moves()
+    workload = toy_workload([FETCHED])
+    with pytest.raises(ValueError, match=r"layer 0: the policy fetched \(\), missed were \[2, 3\]"):
+        simulate(workload, TOY, toy_hardware(), lazy, budget=2, execution=toy_execution(), is_memory_checked=False)
+
+
+# --- golden counts ---
+
+
+@pytest.mark.parametrize(
+    ("name", "copies", "hits", "promotions"),
+    [
+        ("all-host", "blocking", 0, 0),
+        ("static", "blocking", 4 + 0 + 3, 0),
+        # Counters of experts 0 to 3 are 2211, 2244, 2547: the second forward swaps 2, 3 for 0, 1, the third 1 for 2.
+        ("tide", "blocking", 4 + 6 + 6, 3),
+        ("tide", "background", 4 + 0 + 3, 3),
+        # Targets 01, 23, 13: the third forward keeps 3, wants 1 and gives up 2.
+        ("tide-as-coded", "blocking", 4 + 6 + 6, 3),
+        ("tide-as-coded", "background", 4 + 0 + 3, 3),
+        # Fetches 2 and 3 in the first forward, nothing in the second, 1 in the third.
+        ("lru", "blocking", 4 + 6 + 3, 3),
+        ("lru", "background", 4 + 6 + 3, 3),
+    ],
+)
+def test_golden_counts(name, copies, hits, promotions):
+    _, result = play([MIXED, SWAPPED, [0, 3, 0, 3, 0, 0, 0, 0]], name, copies=copies)
+    assert (result.hits, result.hits + result.misses, result.promotions) == (hits, 18, promotions)
+
+
+def test_the_result_says_what_was_run():
+    workload = toy_workload([MIXED, MIXED], model_name="other")
+    model = replace(TOY, num_layers=2)
+    result = simulate(
+        workload,
+        model,
+        toy_hardware(),
+        policy("tide", refresh_interval=[1, 4]),
+        budget=[2, 3],
+        execution=toy_execution(),
+        seed=5,
+    )
+    assert (result.policy, result.budget, result.refresh_interval) == ("tide", (2, 3), (1, 4))
+    assert (result.execution, result.context, result.hardware) == ("plain", "block", "paper")
+    assert (result.model, result.trace_origin, result.seed) == ("routing of other at the sizes of toy", "synthetic", 5)
+    assert (result.num_forwards, result.generated_tokens) == (1, 3)
+    assert list(result.breakdown_by_layer_s) == ["0", "1", "outside"]
+
+
+def test_decisions_are_one_per_forward_and_layer():
+    seen = []
+    simulate(
+        toy_workload([MIXED, SWAPPED], [SWAPPED, MIXED]),
+        replace(TOY, num_layers=2),
+        toy_hardware(),
+        policy("tide-as-coded"),
+        budget=2,
+        execution=toy_execution(),
+        decisions=seen.append,
+    )
+    assert [tuple(decision) for decision in seen] == [
+        (0, 0, (), (), 4, 2),
+        (0, 1, (2, 3), (0, 1), 6, 0),
+        (1, 0, (2, 3), (0, 1), 6, 0),
+        (1, 1, (0, 1), (2, 3), 4, 2),
+    ]
+
+
+# --- what does not fit ---
+
+
+def run_with(workload, model=TOY, **kwargs):
+    return simulate(
+        workload, model, toy_hardware(), policy("tide"), **{"budget": 2, "execution": toy_execution()} | kwargs
+    )
+
+
+def test_a_workload_of_another_shape_is_refused():
+    with pytest.raises(InputError, match=r"routes to 2 of 8 experts, toy to 2 of 9; take a trace"):
+        run_with(toy_workload([MIXED]), replace(TOY, num_experts=9))
+    with pytest.raises(InputError, match=r"routes to 2 of 8 experts, toy to 3 of 8"):
+        run_with(toy_workload([MIXED]), replace(TOY, top_k=3))
+    with pytest.raises(InputError, match=r"has 1 MoE layers and toy has 3; use workload.tiled\(3\)"):
+        run_with(toy_workload([MIXED]), replace(TOY, num_layers=3))
+    assert run_with(toy_workload([MIXED]).tiled(3), replace(TOY, num_layers=3)).hits == 12
+
+
+def test_a_cache_needs_a_workload_of_blocks_and_no_cache_one_of_whole_prefixes():
+    with pytest.raises(InputError, match="keeps a KV cache; it needs a workload with context 'block', not 'full'"):
+        run_with(toy_workload([MIXED], context="full"))
+    with pytest.raises(InputError, match="has no KV cache; it needs a workload with context 'full', not 'block'"):
+        run_with(toy_workload([MIXED]), execution=toy_execution(kv_cache=False))
+
+
+def test_a_workload_without_forwards_is_refused():
+    workload = toy_workload([MIXED])
+    empty = replace(workload, counts=workload.counts[:0])
+    with pytest.raises(InputError, match="no forward"):
+        run_with(empty)
+
+
+@pytest.mark.parametrize("row", [[3, 2, 0, 0, 0, 0, 0, 0], [4, 1, 1, 0, 0, 0, 0, 0]])
+def test_counts_that_no_router_gives_are_refused(row):
+    workload = toy_workload([MIXED])
+    with pytest.raises(InputError, match="counts of the workload do not fit its tokens and top-k"):
+        run_with(replace(workload, counts=np.array([[row]], np.int32)))
+
+
+def test_budgets_that_do_not_fit_are_refused():
+    with pytest.raises(BudgetError, match=r"budget\(=9\)"):
+        run_with(toy_workload([MIXED]), budget=9, is_memory_checked=False)
+    with pytest.raises(BudgetError, match="toy needs experts"):
+        run_with(toy_workload([MIXED]), reserve_bytes=5 * 2**30)
+    assert run_with(toy_workload([MIXED]), reserve_bytes=0)
+
+
+def test_unified_memory_moves_experts_for_nothing():
+    unified = replace(toy_hardware(), is_unified=True, links=None)
+    for copies in ("blocking", "background"):
+        _, result = play([SWAPPED, SWAPPED], machine=unified, copies=copies, write_back=True)
+        assert result.promotions == 2
+        assert (result.h2d_bytes, result.d2h_bytes, result.num_copies, result.breakdown_s["copy_wait"]) == (0, 0, 0, 0)
+
+
+# --- properties ---
+
+
+@st.composite
+def cases(draw: st.DrawFn):
+    """A model, a machine, an execution, a policy and a workload with up to two layers."""
+    num_layers, num_rows = draw(st.integers(1, 2)), draw(st.integers(1, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    num_forwards = draw(st.integers(1, 6))
+    picks = np.argsort(rng.random((num_forwards, num_layers, num_rows, 8)) - rng.random(8), axis=-1)[..., :2]
+    counts = (picks[..., None] == np.arange(8)).sum(axis=(2, 3))
+    kinds = "".join(draw(st.lists(st.sampled_from("ddddcp"), min_size=num_forwards, max_size=num_forwards)))
+    workload = toy_workload(*counts, kinds=kinds, first_block=draw(st.booleans()))
+    name = draw(st.sampled_from(sorted(POLICIES)))
+    budgets = (
+        [8] * num_layers
+        if name == "all-device"
+        else draw(st.lists(st.integers(1, 8), min_size=num_layers, max_size=num_layers))
+    )
+    params = {"popularity": counts.sum(axis=0)} if name == "static" else {}
+    if name.startswith("tide"):
+        params = {"refresh_interval": draw(st.integers(1, 3))}
+    choices = {
+        "is_pinned": st.booleans(),
+        "copies": st.sampled_from(["blocking", "background"]),
+        "copies_per_expert": st.sampled_from([1, 3, 200]),
+        "write_back": st.booleans(),
+        "kernels": st.sampled_from(["loop", "grouped"]),
+        "host": st.sampled_from(["serial", "parallel"]),
+        "host_calls": st.sampled_from(["expert", "layer"]),
+    }
+    used = toy_execution(**{key: draw(choice) for key, choice in choices.items()})
+    machine = hardware(
+        "device", eager_op_s=draw(st.sampled_from([0.0, 30e-9])), gemm_overhead_s=draw(st.sampled_from([0.0, 150e-9]))
+    )
+    return workload, replace(TOY, num_layers=num_layers), machine, (name, params), budgets, used
+
+
+def run_case(case, **changes):
+    workload, model, machine, (name, params), budgets, used = case
+    return simulate(
+        workload,
+        model,
+        changes.get("machine", machine),
+        policy(name, **params),
+        budget=budgets,
+        execution=used,
+        decisions=changes.get("decisions"),
+        timeline=changes.get("timeline"),
+        is_memory_checked=False,
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_the_clock_agrees_with_a_recurrence_written_without_simpy(case):
+    """Every duration, part and busy time; so nothing depends on the order of events at one instant."""
+    result = run_case(case)
+    workload, model, machine, (name, params), budgets, used = case
+    expected = timed_by_hand(workload, model, machine, policy(name, **params), budgets, used)
+    assert (result.layer_parts_ns, dict(result.busy_ns)) == expected
+
+
+@settings(deadline=None)
+@given(cases())
+def test_pairs_bytes_and_repetition(case):
+    result, decisions, timeline = run_case(case), [], []
+    assert run_case(case, decisions=decisions.append, timeline=timeline) == result
+    workload, model = case[:2]
+    assert result.hits + result.misses == workload.counts.sum()
+    assert result.h2d_bytes == result.promotions * model.expert_bytes
+    assert result.d2h_bytes == (result.evictions * model.expert_bytes if case[-1].write_back else 0)
+    assert sum(decision.hits for decision in decisions) == result.hits
+    assert sum(len(decision.promote) for decision in decisions) == result.promotions
+    assert len(decisions) == workload.num_forwards * model.num_layers
+    busy = dict.fromkeys(result.busy_ns, 0)
+    for interval in timeline:
+        busy[interval.resource] += min(interval.end_ns, result.makespan_ns) - interval.start_ns
+    assert busy == result.busy_ns
+
+
+@settings(deadline=None)
+@given(cases())
+def test_no_resource_does_two_things_at_once(case):
+    timeline = []
+    run_case(case, timeline=timeline)
+    for resource in ("device", "host", "h2d", "d2h"):
+        mine = [interval for interval in timeline if interval.resource == resource]
+        assert all(one.end_ns <= two.start_ns for one, two in pairwise(mine))
+
+
+@settings(deadline=None)
+@given(cases())
+def test_decisions_do_not_depend_on_the_machine(case):
+    here, there = [], []
+    run_case(case, decisions=here.append)
+    quick = hardware("links", h2d_pinned=toy_hardware().links.d2h_fresh, duplex_factor=1.0)
+    run_case(case, machine=replace(quick, device=replace(quick.device, bytes_per_s=7e9)), decisions=there.append)
+    assert here == there
+
+
+@settings(deadline=None)
+@given(cases(), st.floats(1, 50))
+def test_more_bandwidth_is_never_slower(case, scale):
+    machine = case[2]
+    slow = run_case(case).makespan_ns
+    for part, field in (("device", "bytes_per_s"), ("device", "experts_bytes_per_s"), ("host", "bytes_per_s")):
+        changed = getattr(machine, part)
+        faster = replace(machine, **{part: replace(changed, **{field: getattr(changed, field) * scale})})
+        assert run_case(case, machine=faster).makespan_ns <= slow
+    for name in ("h2d_pinned", "h2d_pageable", "d2h_pinned", "d2h_pageable", "d2h_fresh"):
+        link = getattr(machine.links, name)
+        quick = replace(link, bytes_per_s=link.bytes_per_s * scale)
+        faster = replace(machine, links=replace(machine.links, **{name: quick}))
+        assert run_case(case, machine=faster).makespan_ns <= slow
+
+
+@settings(deadline=None)
+@given(cases())
+def test_a_budget_of_all_experts_hits_always_and_copies_nothing(case):
+    # The first residents are loaded before the clock starts.
+    workload, model, machine, chosen, budgets, used = case
+    if chosen[0] != "all-host":
+        result = run_case((workload, model, machine, chosen, [8] * len(budgets), used))
+        assert (result.misses, result.promotions, result.num_copies) == (0, 0, 0)
+        assert result.breakdown_s["copy_wait"] == result.breakdown_s["host_wait"] == 0
+
+
+@settings(deadline=None)
+@given(cases())
+def test_serial_host_work_is_never_faster_than_parallel(case):
+    *rest, used = case
+    serial = run_case((*rest, replace(used, host="serial"))).makespan_ns
+    assert run_case((*rest, replace(used, host="parallel"))).makespan_ns <= serial
+
+
+@pytest.mark.parametrize(("name", "context"), [("overlapped", "block"), ("tide-as-coded", "full")])
+def test_the_presets_run(name, context):
+    workload = toy_workload([MIXED], [SWAPPED], context=context)
+    result = run_with(workload, execution=execution(name))
+    assert (result.execution, result.context) == (name, context)
