@@ -67,7 +67,7 @@ __all__ = [
 _KIND_DTYPE = h5py.enum_dtype({kind.name.lower(): kind.value for kind in ForwardKind}, basetype="u1")
 _SEQUENCE_DTYPE = np.dtype([(field.name, field.dtype) for field in SEQUENCES])
 _FORWARD_DTYPE = np.dtype([(field.name, _KIND_DTYPE if field.name == "kind" else field.dtype) for field in FORWARDS])
-_CHUNK_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 12
 
 
 # --- writing ----------------------------------------------------------------------------------------------------
@@ -220,12 +220,14 @@ class TraceWriter:
             self._create("routing/weights", np.dtype("f2"), shape)
 
     def _create(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...] = ()) -> None:
-        # The small datasets stay uncompressed: a row is then added in place, instead of copying the last chunk.
-        row_bytes = dtype.itemsize * int(np.prod(shape, dtype=int))
-        squeeze = {"compression": "gzip", "compression_opts": 4, "shuffle": dtype.itemsize > 1} if shape else {}
-        chunk = max(1, (_CHUNK_BYTES if shape else _CHUNK_BYTES // 8) // row_bytes)
+        # One layer a chunk: its rows resemble each other, and gzip then saves a third where it saved a sixth.
+        # Small chunks: the last one is written anew by every append, and the space of the old one is lost.
+        # What is not compressed is added in place.
+        chunk = (1, *shape[1:]) if shape else ()
+        rows = max(1, _CHUNK_BYTES // (dtype.itemsize * int(np.prod(chunk))))
+        squeeze = {"compression": "gzip", "compression_opts": 1, "shuffle": dtype.itemsize > 1} if shape else {}
         self._file.create_dataset(
-            name, (0, *shape), maxshape=(None, *shape), dtype=dtype, chunks=(chunk, *shape), **squeeze
+            name, (0, *shape), maxshape=(None, *shape), dtype=dtype, chunks=(rows, *chunk), **squeeze
         )
 
     def _extend(self, name: str, start: int, rows: npt.NDArray[Any]) -> None:

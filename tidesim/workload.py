@@ -162,9 +162,9 @@ def _chosen(recording: Recording, sequences: Sequence[int] | None) -> Ints:
 
 def _count(recording: Recording, context: Context, chosen: Ints) -> tuple["Segments", npt.NDArray[np.int32], Ints]:
     """The forwards, their counts [F, L, E], and the rows that each routes [F]."""
-    segments = recorded_segments(recording.forwards, recording.offsets, chosen)
-    if context == "block" and not recording.kv_cache:
-        segments = sliced_segments(segments, recording.sequences["prompt_tokens"], recording.block_length)
+    segments = recorded_segments(recording, chosen)
+    if context == "block":
+        segments = block_segments(recording, segments)
     counts = count_segments(recording, segments)
     if context == "block" or not recording.kv_cache:
         return segments, counts, segments.stop - segments.start
@@ -191,21 +191,25 @@ class Segments:
         return len(self.start)
 
 
-def recorded_segments(forwards: npt.NDArray[np.void], offsets: Ints, chosen: Ints) -> Segments:
+def recorded_segments(recording: Recording, chosen: Ints) -> Segments:
     """The forwards of the `chosen` sequences as they were recorded."""
+    forwards = recording.forwards
     index = np.flatnonzero(np.isin(forwards["sequence"], chosen))
     columns = {name: forwards[name][index].astype(np.int64) for name in _COLUMNS}
-    return Segments(start=offsets[index], stop=offsets[index + 1], **columns)
+    return Segments(start=recording.offsets[index], stop=recording.offsets[index + 1], **columns)
 
 
-def sliced_segments(recorded: Segments, prompt_tokens: Ints, block_length: int) -> Segments:
-    """The forwards that a KV-cached engine would have run, cut out of a recording made without a cache.
+def block_segments(recording: Recording, recorded: Segments) -> Segments:
+    """The forwards that an engine with a KV cache runs, as they were recorded or cut out of a recording without one.
 
-    The last B rows of a forward are its denoise rows. Block j's rows in the first forward of the next block are those
-    of j's commit forward. The first floor(P / B) * B rows of a sequence's first forward are its prefill.
+    Then the last B rows of a forward are its denoise rows. Block j's rows in the first forward of the next block are
+    those of j's commit forward. The first floor(P / B) * B rows of a sequence's first forward are its prefill.
 
-    Raise TraceError if a forward did not route exactly the blocks up to its own.
+    Raise TraceError if a forward without a cache did not route exactly the blocks up to its own.
     """
+    if recording.kv_cache:
+        return recorded
+    block_length = recording.block_length
     rows = recorded.stop - recorded.start
     bad = np.flatnonzero(rows != (recorded.block + 1) * block_length)
     if len(bad):
@@ -216,7 +220,7 @@ def sliced_segments(recorded: Segments, prompt_tokens: Ints, block_length: int) 
         )
     is_first = np.diff(recorded.sequence, prepend=-1) != 0
     is_next = (np.diff(recorded.block, prepend=-1) != 0) & ~is_first
-    prompt_blocks = prompt_tokens[recorded.sequence] // block_length
+    prompt_blocks = recording.sequences["prompt_tokens"][recorded.sequence] // block_length
     prefill = np.flatnonzero(is_first & (prompt_blocks > 0))
     commit = np.flatnonzero(is_next)
     done = recorded.block[commit - 1]
