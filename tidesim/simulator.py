@@ -262,7 +262,8 @@ class _Run:
             moved.append(self.policy.fetch(forward, layer, missed, counts, is_resident))
             if sorted(moved[-1].promote) != missed:
                 raise ValueError(f"layer {layer}: the policy fetched {moved[-1].promote}, missed were {missed}.")
-            yield from self.run_fetching(forward, layer, routed, work, moved[-1])
+            fetch = self.fetch_beside if self.is_background else self.fetch_now
+            yield from fetch(forward, layer, routed, work, moved[-1])
         else:
             yield from self.run_experts(forward, layer, routed, work)
         if self.is_background:
@@ -282,26 +283,29 @@ class _Run:
         if result is not None:
             yield from self.wait_for(result, "host_wait", layer)
 
-    def run_fetching(self, forward: ForwardInfo, layer: int, routed: _Routed, work: _Work, moves: Moves) -> Story:
-        """Resident experts on the device, then each missed one when it is there."""
+    def fetch_now(self, forward: ForwardInfo, layer: int, routed: _Routed, work: _Work, moves: Moves) -> Story:
+        """Resident experts on the device, then each missed one: its victim out, itself in, and it runs."""
+        yield from self.compute("experts", "device", (work.kernel_ns, work.launch_ns), forward.index, layer)
+        for expert, swap in zip(moves.promote, self.residency.fetch(layer, moves), strict=True):
+            if swap.evict is not None:
+                yield from self.copy_now("d2h", "evict", (swap.evict,), forward, layer)
+            yield from self.copy_now("h2d", "promote", (expert,), forward, layer)
+            yield from self.compute(f"expert {expert}", "device", routed.alone(layer, expert), forward.index, layer)
+
+    def fetch_beside(self, forward: ForwardInfo, layer: int, routed: _Routed, work: _Work, moves: Moves) -> Story:
+        """Resident experts on the device, and each missed one when it is there; copies start at once."""
         arrivals = self.needed_arrivals(layer, routed)
         residents_done = self.env.event()
         ran = {expert: self.env.event() for expert in moves.promote}
         # Who has rows in this forward gives up its slot only after it ran.
         last_use = {victim: residents_done for victim in moves.evict if routed.counts[layer, victim]} | ran
-        swaps = self.residency.fetch(layer, moves)
-        coming = self.queue(forward, layer, swaps, last_use) if self.is_background else []
+        coming = self.queue(forward, layer, self.residency.fetch(layer, moves), last_use)
         for arrival in arrivals:
             yield from self.wait_for(arrival, "copy_wait", layer)
         yield from self.compute("experts", "device", (work.kernel_ns, work.launch_ns), forward.index, layer)
         residents_done.succeed()
-        for index, (expert, swap) in enumerate(zip(moves.promote, swaps, strict=True)):
-            if self.is_background:
-                yield from self.wait_for(coming[index], "copy_wait", layer)
-            else:
-                if swap.evict is not None:
-                    yield from self.copy_now("d2h", "evict", (swap.evict,), forward, layer)
-                yield from self.copy_now("h2d", "promote", (expert,), forward, layer)
+        for expert, arrival in zip(moves.promote, coming, strict=True):
+            yield from self.wait_for(arrival, "copy_wait", layer)
             yield from self.compute(f"expert {expert}", "device", routed.alone(layer, expert), forward.index, layer)
             ran[expert].succeed()
 
