@@ -1,0 +1,263 @@
+"""The plan as a value and as a file: JSON that an engine loads, checked field by field.
+
+`FIELDS` describes every field of the file once; reading and checking are driven from it. A plan says what to do
+(policy, budgets, intervals, placement), for which model and machine, and what came out when it was simulated.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from tidesim.errors import PlanError
+from tidesim.execution import GIB
+from tidesim.hardware import Hardware
+from tidesim.moe import MoEConfig
+from tidesim.planner.plan_fields import FORMAT, OBJECTIVES, VERSION, read_fields, read_json
+from tidesim.planner.runs import REFRESHING, make_policy
+from tidesim.policies import Policy
+from tidesim.residency import Placement
+from tidesim.result import RunResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """Which model a plan is for. `fingerprint` covers every size, `expert_bytes` also says how wide the weights are."""
+
+    name: str
+    num_layers: int
+    num_experts: int
+    expert_bytes: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, model: MoEConfig) -> Self:
+        """The sizes of `model`. Its name is not part of the fingerprint: a folder may be called anything."""
+        sizes = {name: size for name, size in asdict(model).items() if name != "name"}
+        return cls(
+            name=model.name,
+            num_layers=model.num_layers,
+            num_experts=model.num_experts,
+            expert_bytes=model.expert_bytes,
+            fingerprint=hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Which machine a plan is for."""
+
+    name: str
+    device_memory_bytes: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, hardware: Hardware) -> Self:
+        """What identifies `hardware`."""
+        return cls(
+            name=hardware.name, device_memory_bytes=hardware.device.memory_bytes, fingerprint=hardware.fingerprint
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Which trace a plan was made from, and how its sequences were split."""
+
+    model: str
+    origin: str
+    fingerprint: str
+    training: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What simulating the plan on some sequences came to; the words are those of `RunResult`."""
+
+    tok_per_s: float
+    makespan_s: float
+    num_forwards: int
+    generated_tokens: int
+    hit_rate: float
+    breakdown_s: Mapping[str, float] = field(hash=False)
+
+    @classmethod
+    def of(cls, result: RunResult) -> Self:
+        """The part of a result that a plan keeps."""
+        return cls(
+            tok_per_s=result.tok_per_s,
+            makespan_s=result.makespan_s,
+            num_forwards=result.num_forwards,
+            generated_tokens=result.generated_tokens,
+            hit_rate=result.hit_rate,
+            breakdown_s=result.breakdown_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """How good the choice is among those in the table of its policy; times are sums over the table's sequences.
+
+    `bound_s`: no choice of one (budget, interval) pair per layer out of the table sums up to less. `objective_s` is the
+    sum of the best one found, and `gap` is (objective - bound) / objective. `status` is that of `SolverReport`.
+    """
+
+    solver: str
+    status: str
+    objective_s: float
+    bound_s: float
+    gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TideCode:
+    """The nearest thing to a plan that the released TIDE code can be told: two numbers, and how they came about."""
+
+    max_gpu_experts_per_layer: int
+    jump_steps: int
+    derivation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to do with a model's experts on a machine. See `FIELDS` for what each field means.
+
+    Raise PlanError with everything that contradicts itself.
+    """
+
+    model: ModelSizes
+    hardware: Machine
+    trace: Routing
+    objective: str
+    execution: str
+    context: str
+    policy: str
+    budget: tuple[int, ...]
+    refresh_interval: tuple[int, ...] | None
+    placement: Placement | None
+    miss_rule: Literal["host", "fetch"]
+    max_tokens: int
+    reserve_bytes: int
+    predicted: Prediction
+    held_out: Prediction | None
+    proof: Proof
+    tide_code: TideCode
+    seed: int
+    tool_version: str
+
+    def __post_init__(self) -> None:
+        problems = _contradictions(self)
+        if problems:
+            raise PlanError("\n".join(f"plan: {problem}" for problem in problems))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan. Raise PlanError with every problem, a line each: `file: message @ $.path`."""
+        values = read_fields(read_json(Path(path)), str(path))
+        try:
+            return cls.from_values(values)
+        except PlanError as error:
+            raise PlanError(str(error).replace("plan:", f"{path}:")) from None
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """The plan with these fields, as nested mappings of the right types. Raise PlanError as the class does."""
+        placement, held_out = values["placement"], values["held_out"]
+        return cls(
+            model=ModelSizes(**values["model"]),
+            hardware=Machine(**values["hardware"]),
+            trace=Routing(**{key: _frozen(value) for key, value in values["trace"].items()}),
+            objective=values["objective"],
+            execution=values["execution"],
+            context=values["context"],
+            policy=values["policy"],
+            budget=tuple(values["budget"]),
+            refresh_interval=_frozen(values["refresh_interval"]),
+            placement=None if placement is None else Placement.from_json(placement),
+            miss_rule=values["miss_rule"],
+            max_tokens=values["max_tokens"],
+            reserve_bytes=values["reserve_bytes"],
+            predicted=Prediction(**values["predicted"]),
+            held_out=None if held_out is None else Prediction(**held_out),
+            proof=Proof(**values["proof"]),
+            tide_code=TideCode(**values["tide_code"]),
+            seed=values["seed"],
+            tool_version=values["tool_version"],
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """The content of the file."""
+        content = {"format": FORMAT, "version": VERSION} | asdict(self)
+        return content | {"placement": None if self.placement is None else self.placement.to_json()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan; the same plan gives the same file. Raise PlanError if it cannot be written."""
+        lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in self.to_dict().items()]
+        try:
+            Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be written ({error.strerror}).") from None
+
+    def make_policy(self) -> Policy:
+        """A new policy object that does what the plan says, for a simulator or an engine."""
+        popularity = np.zeros((self.model.num_layers, self.model.num_experts), np.int64)
+        if self.placement is not None:
+            for layer, experts in enumerate(self.placement.experts):
+                popularity[layer, list(experts)] = 1
+        return make_policy(self.policy, self.refresh_interval, popularity)
+
+    def check(self, model: MoEConfig, hardware: Hardware | None = None) -> None:
+        """Raise PlanError, with the reason, if the plan was made for other sizes of model or of device memory."""
+        mine, theirs = self.model, ModelSizes.of(model)
+        for name in ("num_layers", "num_experts", "expert_bytes", "fingerprint"):
+            if getattr(mine, name) != getattr(theirs, name):
+                what = f"{name} is {getattr(mine, name)} in the plan and {getattr(theirs, name)} in {theirs.name}"
+                what = "sizes outside the experts differ" if name == "fingerprint" else what
+                raise PlanError(f"the plan was made for {mine.name}, not for {theirs.name}: {what}; plan again for it.")
+        if hardware is not None and hardware.device.memory_bytes != self.hardware.device_memory_bytes:
+            planned, there = self.hardware.device_memory_bytes / GIB, hardware.device.memory_bytes / GIB
+            raise PlanError(
+                f"the plan was made for the {planned:.2f} GiB of device memory of {self.hardware.name}, "
+                f"and {hardware.name} has {there:.2f} GiB; plan again for it."
+            )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _contradictions(plan: Plan) -> list[str]:
+    """What cannot be true of a plan whose fields are each fine."""
+    num_layers, num_experts = plan.model.num_layers, plan.model.num_experts
+    problems = []
+
+    def refuse(is_wrong: bool, message: str, path: str) -> None:
+        if is_wrong:
+            problems.append(f"{message} @ $.{path}")
+
+    wrong_length = f"must have one number for each of the {num_layers} layers"
+    refuse(len(plan.budget) != num_layers, wrong_length, "budget")
+    refuse(max(plan.budget, default=0) > num_experts, f"must be at most num_experts(={num_experts})", "budget")
+    refuse(plan.objective not in OBJECTIVES, f"must be one of {', '.join(OBJECTIVES)}", "objective")
+    if plan.policy in REFRESHING:
+        refuse(len(plan.refresh_interval or ()) != num_layers, wrong_length, "refresh_interval")
+        refuse(min(plan.refresh_interval or (1,)) < 1, "must be >= 1", "refresh_interval")
+    else:
+        refuse(plan.refresh_interval is not None, f"must be null, {plan.policy!r} never refreshes", "refresh_interval")
+    if plan.policy == "static":
+        placement = plan.placement.experts if plan.placement is not None else ()
+        fits = tuple(map(len, placement)) == plan.budget
+        refuse(not fits, "must name as many experts in each layer as its budget", "placement")
+        highest = max((ids[-1] for ids in placement if ids), default=0)
+        refuse(highest >= num_experts, f"must hold ids below num_experts(={num_experts})", "placement")
+    else:
+        refuse(plan.placement is not None, f"must be null, {plan.policy!r} starts by its own rule", "placement")
+    refuse(bool(set(plan.trace.training) & set(plan.trace.held_out)), "must not share a sequence", "trace")
+    refuse((plan.held_out is None) != (not plan.trace.held_out), "must be there with held-out sequences", "held_out")
+    miss_rule = "fetch" if plan.policy == "lru" else "host"
+    refuse(plan.miss_rule != miss_rule, f"must be {miss_rule!r} for policy {plan.policy!r}", "miss_rule")
+    return problems

@@ -1,0 +1,146 @@
+"""The runs that planning needs, each simulated once, on several processes at a time."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tidesim.execution import Execution
+from tidesim.hardware import Hardware
+from tidesim.moe import MoEConfig
+from tidesim.policies import Policy, policy
+from tidesim.result import RunResult
+from tidesim.simulator import simulate
+from tidesim.workload import Workload
+
+# Called with how many runs are done, and how many are known to be needed so far.
+Progress = Callable[[int, int], None]
+
+REFRESHING = ("tide", "tide-as-coded")
+
+
+class Case(NamedTuple):
+    """One run: `policy` with these budgets and intervals, one per layer, on one part of the sequences.
+
+    `interval` is None for a policy that never refreshes.
+    """
+
+    policy: str
+    budget: tuple[int, ...]
+    interval: tuple[int, ...] | None
+    sequences: str
+
+    @classmethod
+    def uniform(cls, policy: str, budget: int, interval: int | None, sequences: str, num_layers: int) -> Self:
+        """The same budget and interval in all layers."""
+        intervals = None if interval is None else (interval,) * num_layers
+        return cls(policy, (budget,) * num_layers, intervals, sequences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Setting:
+    """What all runs of one plan share.
+
+    Parameters
+    ----------
+    workloads : the parts of the sequences, by name.
+    popularity : [L, E], tokens per expert over the training sequences, for policies that want to know.
+    """
+
+    workloads: Mapping[str, Workload]
+    popularity: npt.NDArray[np.int64]
+    model: MoEConfig
+    hardware: Hardware
+    execution: Execution
+    seed: int
+
+    def run(self, case: Case) -> RunResult:
+        """Simulate one case. Whether it fits the device is not asked: a table may hold more than fits."""
+        return simulate(
+            self.workloads[case.sequences],
+            self.model,
+            self.hardware,
+            make_policy(case.policy, case.interval, self.popularity),
+            budget=case.budget,
+            execution=self.execution,
+            seed=self.seed,
+            is_memory_checked=False,
+        )
+
+
+def make_policy(name: str, interval: tuple[int, ...] | None, popularity: npt.NDArray[np.int64]) -> Policy:
+    """The policy called `name`; `interval` goes to those that refresh, `popularity` to the static one."""
+    if name in REFRESHING:
+        return policy(name, refresh_interval=interval)
+    return policy(name, popularity=popularity) if name == "static" else policy(name)
+
+
+class Runs:
+    """Simulates cases and remembers their results; use it in a `with` statement.
+
+    Parameters
+    ----------
+    workers : processes; None for one per CPU. With 1, everything runs in this process. With more, a script needs the
+        usual `if __name__ == "__main__":` guard, as new processes import it.
+    """
+
+    def __init__(self, setting: Setting, *, workers: int | None = None, progress: Progress | None = None) -> None:
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers(={workers}) must be >= 1.")
+        self.setting = setting
+        self._progress = progress
+        self._results: dict[Case, RunResult] = {}
+        self._workers = workers or os.cpu_count() or 1
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self._workers > 1:
+            # Not "fork": it copies locks that threads of the caller, or of numpy, may hold.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                self._workers, mp_context=context, initializer=_begin, initargs=(self.setting,)
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def results(self, cases: Iterable[Case]) -> list[RunResult]:
+        """The result of each case, in order; only those not asked for before are simulated."""
+        wanted = list(cases)
+        new = [case for case in dict.fromkeys(wanted) if case not in self._results]
+        num_known = len(self._results) + len(new)
+        outcomes = map(self.setting.run, new) if self._pool is None else self._pool.map(_run, new)
+        for case, result in zip(new, outcomes, strict=True):
+            self._results[case] = result
+            if self._progress is not None:
+                self._progress(len(self._results), num_known)
+        return [self._results[case] for case in wanted]
+
+    def result(self, case: Case) -> RunResult:
+        """The result of one case."""
+        return self.results([case])[0]
+
+    @property
+    def num_simulated(self) -> int:
+        """Runs simulated so far."""
+        return len(self._results)
+
+
+# A worker process gets the setting once, when it starts, and not with every case: it holds the workloads.
+_worker: list[Setting] = []
+
+
+def _begin(setting: Setting) -> None:
+    _worker.append(setting)
+
+
+def _run(case: Case) -> RunResult:
+    return _worker[0].run(case)
