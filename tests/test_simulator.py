@@ -10,8 +10,11 @@ from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim.errors import BudgetError, InputError
 from tidesim.execution import execution
+from tidesim.hardware import load_hardware
+from tidesim.moe import load_moe_config
 from tidesim.policies import POLICIES, policy
 from tidesim.residency import Moves
+from tidesim.shipped import shipped_names
 from tidesim.simulator import simulate
 
 # Rows of counts for the eight experts of the toy network: three rows, two experts each.
@@ -568,3 +571,24 @@ def test_the_presets_run(name, context):
     workload = toy_workload([MIXED], [SWAPPED], context=context)
     result = run_with(workload, execution=execution(name))
     assert (result.execution, result.context) == (name, context)
+
+
+@pytest.mark.parametrize("profile", shipped_names("hardware_profiles"))
+def test_every_shipped_machine_runs_the_published_model(profile):
+    rng = np.random.default_rng(0)
+    mini = load_moe_config("llada2.0-mini")
+    ids = np.argsort(rng.random((2, 19, 32, 256)), axis=-1)[..., :8]
+    counts = (ids.reshape(2, 19, -1, 1) == np.arange(256)).sum(axis=2)
+    workload = toy_workload(*counts, tokens=np.array([32, 32]), model_name=mini.name, top_k=8, num_experts=256)
+    for name, context in (("overlapped", "block"), ("tide-as-coded", "full")):
+        result = simulate(
+            replace(workload, context=context),
+            mini,
+            load_hardware(profile),
+            policy("tide-as-coded"),
+            budget=64,
+            execution=execution(name),
+            is_memory_checked=False,
+        )
+        assert result.model == "llada2.0-mini"
+        assert 1e-3 < result.makespan_s < 100
