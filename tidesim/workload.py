@@ -190,6 +190,11 @@ class Segments:
     def __len__(self) -> int:
         return len(self.start)
 
+    def of_kind(self, kind: ForwardKind) -> "Segments":
+        """The forwards of one kind."""
+        is_kind = self.kind == kind
+        return Segments(**{name: getattr(self, name)[is_kind] for name in ("start", "stop", *_COLUMNS)})
+
 
 def recorded_segments(recording: Recording, chosen: Ints) -> Segments:
     """The forwards of the `chosen` sequences as they were recorded."""
@@ -270,14 +275,29 @@ def count_segments(recording: Recording, segments: Segments) -> npt.NDArray[np.i
 
 def _windows(segments: Segments) -> Iterator[tuple[int, int, int, int]]:
     """Windows of rows as (first segment, past the last, first row, past the last): few rows, all that are wanted."""
+    for lo, hi in _groups(segments):
+        stop = int(segments.stop[hi - 1])
+        for start in range(int(segments.start[lo]), stop, WINDOW_ROWS):
+            yield lo, hi, start, min(start + WINDOW_ROWS, stop)
+
+
+def _groups(segments: Segments) -> Iterator[tuple[int, int]]:
+    """Runs lo:hi of segments that lie within one window of rows, or of a single segment that is longer."""
     lo = 0
     while lo < len(segments):
         limit = int(segments.start[lo]) + WINDOW_ROWS
         hi = max(lo + 1, int(np.searchsorted(segments.stop, limit, side="right")))
-        stop = int(segments.stop[hi - 1])
-        for start in range(int(segments.start[lo]), stop, WINDOW_ROWS):
-            yield lo, hi, start, min(start + WINDOW_ROWS, stop)
+        yield lo, hi
         lo = hi
+
+
+def read_segments(recording: Recording, segments: Segments) -> Iterator[npt.NDArray[Any]]:
+    """Expert ids of one segment after another, [stop - start, L, K]."""
+    for lo, hi in _groups(segments):
+        first = int(segments.start[lo])
+        rows = recording.expert_ids(first, int(segments.stop[hi - 1]))
+        for start, stop in zip(segments.start[lo:hi] - first, segments.stop[lo:hi] - first, strict=True):
+            yield rows[start:stop]
 
 
 def add_prefix(
@@ -311,6 +331,5 @@ def add_prefix(
             total[forward] += prefix
         else:
             prefix += counts[forward]
-    columns = {name: getattr(segments, name)[is_denoise] for name in ("start", "stop", *_COLUMNS)}
-    columns["context_tokens"] = np.zeros_like(columns["context_tokens"])
-    return Segments(**columns), total[is_denoise]
+    denoise = segments.of_kind(ForwardKind.DENOISE)
+    return replace(denoise, context_tokens=np.zeros_like(denoise.context_tokens)), total[is_denoise]

@@ -1,0 +1,216 @@
+"""What the routing of a trace looks like, in the quantities that are published for real diffusion LLMs.
+
+Two regimes are kept apart. Block-only: with a KV cache a forward routes the tokens of its own block. Full: without
+one, as the published TIDE code runs, it routes the unchanged prefix again, so hit counts look far more stable. All
+quantities are block-only and taken over denoise forwards, unless their name says otherwise.
+
+Letters: F denoise forwards, L MoE layers, E experts, K top-k, n rows of a forward.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tidesim.errors import TraceError
+from tidesim.trace import Trace
+from tidesim.workload import ForwardKind, Segments, Workload, block_segments, read_segments, recorded_segments
+
+MAX_LAG = 8
+_HOT_SHARE = 1 / 8
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceStatistics:
+    """Statistics of one trace. None, or an empty tuple, where the trace is too short to say.
+
+    Parameters
+    ----------
+    num_forwards : denoise forwards, F; prefill and commit forwards are counted nowhere below but in `popularity` and
+        `used_share`.
+    distinct_experts, distinct_experts_sd : experts that get at least one token, per layer and forward: mean, and
+        standard deviation over forwards (its mean over layers). Measured for LLaDA2.0-mini by dMoE (arXiv 2605.30876).
+    distinct_experts_uniform : the same if tokens drew uniformly, E (1 - (1 - K / E)^n).
+    kept_share : of the K experts of a position in a layer, the share that it has in the next forward of its block too.
+    kept_share_undisturbed : the same for positions not accepted in between. A trace does not say which ones were, so
+        this is the intercept of a straight line through the forwards' kept shares against their accepted shares.
+    shared_experts : experts that two positions of a block have in common in a layer, over all pairs and forwards.
+    shared_experts_masked : the same, over the forwards in which every position of the block is masked.
+    cosine_block, cosine_full : cosine between the hit counts of a layer in two denoise forwards of a sequence that lie
+        1, 2, ... 8 apart, with and without a KV cache. `cosine_full` is empty if the trace cannot tell.
+    tokens_per_forward : generated tokens per denoise forward.
+    forwards_per_block_mean, _min, _max : denoise forwards of a block, over blocks that begin with every token masked.
+    accepted_per_step : tokens accepted in a denoise forward.
+    single_step_share : share of the denoise forwards that accept exactly one token.
+    popularity : share of all routed tokens that go to the most used eighth of a layer's experts.
+    used_share : share of a layer's experts that got a token at least once.
+    """
+
+    model_name: str
+    origin: str
+    fingerprint: str
+    num_sequences: int
+    num_forwards: int
+    distinct_experts: float
+    distinct_experts_sd: float
+    distinct_experts_uniform: float
+    distinct_experts_by_layer: tuple[float, ...]
+    distinct_experts_sd_by_layer: tuple[float, ...]
+    kept_share: float | None
+    kept_share_undisturbed: float | None
+    kept_share_by_layer: tuple[float, ...]
+    shared_experts: float | None
+    shared_experts_masked: float | None
+    cosine_block: tuple[float, ...]
+    cosine_full: tuple[float, ...]
+    tokens_per_forward: float
+    forwards_per_block_mean: float | None
+    forwards_per_block_min: int | None
+    forwards_per_block_max: int | None
+    accepted_per_step: float
+    single_step_share: float
+    popularity: float
+    popularity_by_layer: tuple[float, ...]
+    used_share: float
+    used_share_by_layer: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, all of them values that JSON knows."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The fields as one JSON object."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+
+def trace_statistics(trace: Trace) -> TraceStatistics:
+    """The statistics of a trace. Raise TraceError if it holds no denoise forward."""
+    workload = trace.workload("block")
+    is_denoise = workload.kind == ForwardKind.DENOISE
+    if not is_denoise.any():
+        raise TraceError(f"{trace.path}: holds no denoise forward, so there is nothing to describe; record more.")
+    counts = workload.counts[is_denoise]
+    rows = trace.forwards[trace.forwards["kind"] == ForwardKind.DENOISE]
+    distinct = np.count_nonzero(counts, axis=2)  # [F, L]
+    per_block = _forwards_per_block(rows, trace.block_length)
+    popularity = _popularity(workload)
+    used = (workload.counts.sum(axis=0) > 0).mean(axis=1)
+    return TraceStatistics(
+        model_name=trace.model_name,
+        origin=trace.origin,
+        fingerprint=trace.fingerprint,
+        num_sequences=len(trace.sequences),
+        num_forwards=len(counts),
+        distinct_experts=float(distinct.mean()),
+        distinct_experts_sd=float(distinct.std(axis=0).mean()),
+        distinct_experts_uniform=_uniform(workload, is_denoise),
+        distinct_experts_by_layer=_floats(distinct.mean(axis=0)),
+        distinct_experts_sd_by_layer=_floats(distinct.std(axis=0)),
+        **_kept(trace, rows),
+        **_shared(counts, workload.tokens[is_denoise], rows["masked_tokens"]),
+        cosine_block=_cosines(counts, workload.sequence[is_denoise]),
+        cosine_full=_full_cosines(trace),
+        tokens_per_forward=workload.generated_tokens / len(counts),
+        forwards_per_block_mean=float(per_block.mean()) if len(per_block) else None,
+        forwards_per_block_min=int(per_block.min()) if len(per_block) else None,
+        forwards_per_block_max=int(per_block.max()) if len(per_block) else None,
+        accepted_per_step=float(rows["accepted_tokens"].mean()),
+        single_step_share=float((rows["accepted_tokens"] == 1).mean()),
+        popularity=float(popularity.mean()),
+        popularity_by_layer=_floats(popularity),
+        used_share=float(used.mean()),
+        used_share_by_layer=_floats(used),
+    )
+
+
+def _floats(values: npt.NDArray[Any]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+def _uniform(workload: Workload, is_denoise: npt.NDArray[np.bool_]) -> float:
+    E, K = workload.num_experts, workload.top_k
+    return float((E * (1 - (1 - K / E) ** workload.tokens[is_denoise])).mean())
+
+
+def _forwards_per_block(rows: npt.NDArray[np.void], block_length: int) -> npt.NDArray[np.int64]:
+    """Denoise forwards of each block that begins with all its tokens masked."""
+    is_new = (np.diff(rows["sequence"], prepend=-1) != 0) | (np.diff(rows["block"], prepend=-1) != 0)
+    first = np.flatnonzero(is_new)
+    is_whole = rows["masked_tokens"][first] == block_length
+    return np.asarray(np.diff(first, append=len(rows))[is_whole], np.int64)
+
+
+def _popularity(workload: Workload) -> Floats:
+    """Share of a layer's routed tokens that go to its most used experts, [L]."""
+    total = np.sort(workload.counts.sum(axis=0, dtype=np.int64), axis=1)
+    num_hot = max(1, round(workload.num_experts * _HOT_SHARE))
+    return np.asarray(total[:, -num_hot:].sum(axis=1) / total.sum(axis=1))
+
+
+def _kept(trace: Trace, rows: npt.NDArray[np.void]) -> dict[str, Any]:
+    """Shares of experts kept from one denoise forward of a block to the next."""
+    segments = block_segments(trace, recorded_segments(trace, np.arange(len(trace.sequences))))
+    kept = _kept_by_forward(trace, segments.of_kind(ForwardKind.DENOISE))
+    if not kept:
+        return {"kept_share": None, "kept_share_undisturbed": None, "kept_share_by_layer": ()}
+    shares = np.array(list(kept.values()))  # [pairs, L]
+    accepted = rows["accepted_tokens"][list(kept)] / trace.block_length
+    line = np.polyfit(accepted, shares.mean(axis=1), 1) if len(np.unique(accepted)) > 1 else None
+    return {
+        "kept_share": float(shares.mean()),
+        "kept_share_undisturbed": None if line is None else float(line[1]),
+        "kept_share_by_layer": _floats(shares.mean(axis=0)),
+    }
+
+
+def _kept_by_forward(trace: Trace, segments: Segments) -> dict[int, Floats]:
+    """For each denoise forward with a successor in its block, the share that the successor keeps, by layer [L]."""
+    kept = {}
+    blocks = list(zip(segments.sequence, segments.block, segments.stop - segments.start, strict=True))
+    ids = np.zeros((0, 0, 0), np.uint8)
+    for forward, rows in enumerate(read_segments(trace, segments)):
+        last, ids = ids, rows  # [n, L, K]
+        if forward and blocks[forward] == blocks[forward - 1]:
+            kept[forward - 1] = (last[..., :, None] == ids[..., None, :]).any(axis=3).mean(axis=(0, 2))
+    return kept
+
+
+def _shared(
+    counts: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32], masked: npt.NDArray[np.int32]
+) -> dict[str, Any]:
+    """Experts that two positions have in common.
+
+    An expert with c of a forward's n tokens is shared by c (c - 1) of the n (n - 1) ordered pairs of positions.
+    """
+    pairs = np.maximum(tokens * (tokens - 1.0), 1)[:, None]
+    shared = ((counts - 1.0) * counts).sum(axis=2) / pairs  # [F, L]
+    is_pair, is_masked = tokens > 1, (tokens > 1) & (masked == tokens)
+    return {
+        "shared_experts": float(shared[is_pair].mean()) if is_pair.any() else None,
+        "shared_experts_masked": float(shared[is_masked].mean()) if is_masked.any() else None,
+    }
+
+
+def _full_cosines(trace: Trace) -> tuple[float, ...]:
+    try:
+        workload = trace.workload("full")
+    except TraceError:
+        return ()  # an imported trace may lack the commit forwards that the full regime is rebuilt from
+    return _cosines(workload.counts, workload.sequence)
+
+
+def _cosines(counts: npt.NDArray[np.int32], sequence: npt.NDArray[np.int32]) -> tuple[float, ...]:
+    """Mean cosine over layers and pairs of forwards of one sequence that lie 1, 2, ... apart, as far as there are."""
+    norms = np.sqrt(np.einsum("fle,fle->fl", counts, counts, dtype=np.float64))  # [F, L]
+    cosines: list[float] = []
+    for lag in range(1, min(MAX_LAG, len(counts) - 1) + 1):
+        is_pair = sequence[lag:] == sequence[:-lag]
+        if not is_pair.any():
+            break
+        dots = np.einsum("fle,fle->fl", counts[lag:], counts[:-lag], dtype=np.float64)
+        cosines.append(float((dots / (norms[lag:] * norms[:-lag]))[is_pair].mean()))
+    return tuple(cosines)
