@@ -131,11 +131,8 @@ def synthesize(
     Raise InputError if a number is out of range, ModelError if `config` is no network's, TraceError if `path` exists
     or cannot be created.
     """
-    for name, value in (("num_sequences", num_sequences), ("prompt_tokens", prompt_tokens), ("gen_length", gen_length)):
-        if value < 1:
-            raise InputError(f"{name}(={value}) must be >= 1.")
-    if seed < 0:
-        raise InputError(f"seed(={seed}) must be >= 0.")
+    _check_at_least(1, num_sequences=num_sequences, prompt_tokens=prompt_tokens, gen_length=gen_length)
+    _check_at_least(0, seed=seed)
     shape = MoEConfig.from_hf(config, model_name)
     rng = np.random.default_rng([seed, 0])
     popularity = rng.lognormal(sigma=construction.popularity_sd, size=(shape.num_layers, shape.num_experts))
@@ -158,6 +155,12 @@ def synthesize(
             writer.append(_sequence(router, prompt_tokens, gen_length, ease))
             if progress is not None:
                 progress(number + 1, num_sequences)
+
+
+def _check_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise InputError(f"{name}(={value}) must be >= {least}.")
 
 
 def _spread(position: float) -> float:

@@ -12,14 +12,14 @@ Readers ignore whatever lies beyond the last row of /sequences. A file being wri
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import h5py
 import numpy as np
@@ -30,39 +30,26 @@ from tidesim.moe import MoEConfig
 from tidesim.shipped import find_shipped
 from tidesim.trace_format import (
     ATTRIBUTES,
-    DATASETS,
     FORMAT,
     FORWARDS,
     MEND,
     SEQUENCES,
     VERSION,
-    Field,
     Origin,
     check_column,
     check_ids,
     check_kinds,
     check_rows,
+    check_values,
     ids_dtype,
     parse_attributes,
     parse_config,
+    parse_table,
     starts,
 )
 from tidesim.workload import WINDOW_ROWS, Context, ForwardKind, Workload, build_workload
 
-__all__ = [
-    "ATTRIBUTES",
-    "DATASETS",
-    "FORWARDS",
-    "SEQUENCES",
-    "Context",
-    "Field",
-    "ForwardKind",
-    "ForwardRouting",
-    "SequenceRouting",
-    "Trace",
-    "TraceWriter",
-    "Workload",
-]
+__all__ = ["Context", "ForwardKind", "ForwardRouting", "SequenceRouting", "Trace", "TraceWriter", "Workload"]
 
 _KIND_DTYPE = h5py.enum_dtype({kind.name.lower(): kind.value for kind in ForwardKind}, basetype="u1")
 _SEQUENCE_DTYPE = np.dtype([(field.name, field.dtype) for field in SEQUENCES])
@@ -109,7 +96,7 @@ class TraceWriter:
     ----------
     path : file to create; an existing file is refused unless `overwrite`.
     config : the network's Hugging Face config.json; the numbers of MoE layers, experts and top-k come from it.
-    model_name, block_length, sampler, seed, origin, kv_cache : see `ATTRIBUTES`.
+    model_name, block_length, sampler, seed, origin, kv_cache : see `trace_format.ATTRIBUTES`.
     is_private : leave the token ids out.
     has_weights : store the router's weights of every sequence too.
 
@@ -132,35 +119,29 @@ class TraceWriter:
         has_weights: bool = False,
         overwrite: bool = False,
     ) -> None:
-        if origin not in get_args(Origin):
-            raise TraceError(f"origin(={origin!r}) must be one of {', '.join(get_args(Origin))}.")
-        if block_length < 1:
-            raise TraceError(f"block_length(={block_length}) must be >= 1.")
         self.path = Path(path)
         self.config = MoEConfig.from_hf(config, model_name)
         self._is_private = is_private
         self._has_weights = has_weights
         self._num_sequences = self._num_forwards = self._num_rows = self._num_tokens = 0
-        attributes = {
+        values = {
             "format": FORMAT,
             "version": VERSION,
             "tool_version": _tool_version(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "origin": origin,
-            "complete": np.bool_(False),
+            "complete": False,
             "model": model_name,
-            "config": json.dumps(dict(config), sort_keys=True),
+            "config": dict(config),
             "num_layers": self.config.num_layers,
             "num_experts": self.config.num_experts,
             "top_k": self.config.top_k,
             "block_length": block_length,
-            "kv_cache": np.bool_(kv_cache),
-            "sampler": json.dumps(dict(sampler), sort_keys=True),
+            "kv_cache": kv_cache,
+            "sampler": dict(sampler),
             "seed": seed,
         }
-        self._file = _create(self.path, overwrite)
-        for name, value in attributes.items():
-            self._file.attrs[name] = _fixed(value) if isinstance(value, str) else value
+        self._file = _create(self.path, values, overwrite)
         self._create_datasets()
         self._file.flush()
         # From here on every flush leaves a file that can be opened, whatever becomes of this process.
@@ -266,8 +247,9 @@ class TraceWriter:
 class Trace:
     """An open trace file. `Trace.open` checks all of it first, so what is read later can be relied on.
 
-    `sequences` and `forwards` are read-only structured arrays with the columns `SEQUENCES` and `FORWARDS`;
-    `offsets` is int64 [F + 1]. The other public attributes are those of the file (`ATTRIBUTES`).
+    `sequences` and `forwards` are read-only structured arrays with the columns `SEQUENCES` and `FORWARDS` of
+    `trace_format`;
+    `offsets` is int64 [F + 1]. The other public attributes are those of the file (`ATTRIBUTES` there).
     """
 
     def __init__(self, path: Path, file: h5py.File) -> None:
@@ -365,7 +347,7 @@ class Trace:
 
     def _read_sequences(self) -> npt.NDArray[np.void]:
         where = f"{self.path}: /sequences"
-        rows = _read_table(_dataset(self._file, "sequences", self.path), SEQUENCES, where)
+        rows = parse_table(_dataset(self._file, "sequences", self.path)[:], SEQUENCES, where)
         if not self.is_complete:
             # Rows that a killed writer had made room for, but had not written, hold zeros.
             rows = rows[: int(np.argmin(np.append(rows["num_forwards"], 0) > 0))]
@@ -384,7 +366,7 @@ class Trace:
         dataset = _dataset(self._file, "forwards", self.path)
         num_forwards = int(self.sequences["num_forwards"].sum())
         self._check_length(dataset, num_forwards)
-        rows = _read_table(dataset, FORWARDS, where)[:num_forwards]
+        rows = parse_table(dataset[:num_forwards], FORWARDS, where)
         check_rows(rows, FORWARDS, where)
         check_kinds(rows, where)
         owner = np.repeat(np.arange(len(self.sequences)), self.sequences["num_forwards"])
@@ -443,20 +425,33 @@ class Trace:
         return digest.hexdigest()
 
 
-def _create(path: Path, overwrite: bool) -> h5py.File:
+def _create(path: Path, values: Mapping[str, Any], overwrite: bool) -> h5py.File:
+    """A new file with these attributes. Raise TraceError if a value is out of place or the file cannot be created."""
+    check_values(values, path)
+    ready = {field.name: _ENCODE[field.dtype](values[field.name]) for field in ATTRIBUTES}
     try:
         # Bounds on both sides: older HDF5 releases can read it, and single-writer/multiple-reader mode can write it.
-        return h5py.File(path, "w" if overwrite else "x", libver=("v110", "v110"))
+        file = h5py.File(path, "w" if overwrite else "x", libver=("v110", "v110"))
     except FileExistsError:
         raise TraceError(f"{path}: exists already; give another name, or allow overwriting.") from None
     except OSError as error:
         raise TraceError(f"{path}: cannot be created ({error}).") from None
+    file.attrs.update(ready)
+    return file
 
 
 def _fixed(text: str) -> npt.NDArray[Any]:
     # Text of fixed length lies among the checksummed metadata; HDF5 hangs on some damage to text of variable length.
     raw = text.encode()
     return np.array(raw, h5py.string_dtype("utf-8", max(1, len(raw))))
+
+
+_ENCODE: dict[str, Callable[[Any], Any]] = {
+    "str": _fixed,
+    "int": int,
+    "bool": np.bool_,
+    "json": lambda value: _fixed(json.dumps(value, sort_keys=True)),
+}
 
 
 def _tool_version() -> str:
@@ -496,16 +491,3 @@ def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
     if not isinstance(dataset, h5py.Dataset) or not dataset.shape:
         raise TraceError(f"{path}: dataset /{name} is missing or has no rows to it; {MEND}")
     return dataset
-
-
-def _read_table(dataset: h5py.Dataset, fields: Sequence[Field], where: str) -> npt.NDArray[np.void]:
-    missing = [field.name for field in fields if field.name not in (dataset.dtype.names or ())]
-    if missing:
-        raise TraceError(f"{where}: column {', '.join(missing)} is missing; {MEND}")
-    found = dataset[:]
-    rows = np.zeros(len(found), [(field.name, field.dtype) for field in fields])
-    for field in fields:
-        if found.dtype[field.name].kind not in "iu" or found[field.name].ndim != 1:
-            raise TraceError(f"{where}: column {field.name} must hold integers; {MEND}")
-        rows[field.name] = found[field.name]
-    return rows

@@ -105,14 +105,17 @@ def parse_attributes(attributes: Mapping[str, Any], path: Path) -> dict[str, Any
         except (KeyError, TypeError, ValueError):
             state = "is missing" if field.name not in attributes else f"must be {field.dtype}"
             raise TraceError(f"{path}: attribute {field.name} {state} ({field.meaning}); {MEND}") from None
-    if values["version"] < 1:
-        raise TraceError(f"{path}: version(={values['version']}) must be >= 1; {MEND}")
-    if values["origin"] not in get_args(Origin) or values["block_length"] < 1:
-        raise TraceError(
-            f"{path}: origin(={values['origin']!r}) must be one of {', '.join(get_args(Origin))} and "
-            f"block_length(={values['block_length']}) must be >= 1; {MEND}"
-        )
+    check_values(values, path)
     return values
+
+
+def check_values(values: Mapping[str, Any], path: Path) -> None:
+    """Raise TraceError if an attribute of the right type has a value out of range."""
+    if values["origin"] not in get_args(Origin):
+        raise TraceError(f"{path}: origin(={values['origin']!r}) must be one of {', '.join(get_args(Origin))}.")
+    for name in ("version", "block_length"):
+        if values[name] < 1:
+            raise TraceError(f"{path}: {name}(={values[name]}) must be >= 1.")
 
 
 def _is_ours(value: object) -> bool:
@@ -164,6 +167,19 @@ def parse_config(values: Mapping[str, Any], path: Path) -> MoEConfig:
                 f"{path}: attribute {name}(={values[name]}) must be {getattr(config, name)}, as in config; {MEND}"
             )
     return config
+
+
+def parse_table(found: npt.NDArray[Any], fields: Sequence[Field], where: str) -> npt.NDArray[np.void]:
+    """The columns of a compound dataset in our types. Raise TraceError if one is missing or holds no integers."""
+    missing = [field.name for field in fields if field.name not in (found.dtype.names or ())]
+    if missing:
+        raise TraceError(f"{where}: column {', '.join(missing)} is missing; {MEND}")
+    rows = np.zeros(len(found), [(field.name, field.dtype) for field in fields])
+    for field in fields:
+        if found.dtype[field.name].kind not in "iu" or found[field.name].ndim != 1:
+            raise TraceError(f"{where}: column {field.name} must hold integers; {MEND}")
+        rows[field.name] = found[field.name]
+    return rows
 
 
 def check_rows(rows: npt.NDArray[np.void], fields: Sequence[Field], where: str) -> None:
