@@ -248,8 +248,7 @@ class Trace:
     """An open trace file. `Trace.open` checks all of it first, so what is read later can be relied on.
 
     `sequences` and `forwards` are read-only structured arrays with the columns `SEQUENCES` and `FORWARDS` of
-    `trace_format`;
-    `offsets` is int64 [F + 1]. The other public attributes are those of the file (`ATTRIBUTES` there).
+    `trace_format`; `offsets` is int64 [F + 1]. The other public attributes are those of the file (`ATTRIBUTES` there).
     """
 
     def __init__(self, path: Path, file: h5py.File) -> None:
