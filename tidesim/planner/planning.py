@@ -73,7 +73,7 @@ def plan(
     reserve_bytes: int | None = None,
     solver: SolverName = "highs",
     time_limit_s: float = 60.0,
-    table_visits: int = 12_000,
+    table_visits: int = 8_000,
     workers: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,

@@ -16,8 +16,8 @@ from tidesim.result import RunResult
 Pair = tuple[int, int | None]  # budget, interval
 
 # Intervals of one policy that are tried at all budgets, and how much slower than the best run they may be.
-_KEPT_INTERVALS = 4
-_KEPT_MARGIN = 0.25
+_KEPT_INTERVALS = 3
+_KEPT_MARGIN = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def fill_tables(runs: Runs, candidates: Candidates, sequences: str) -> dict[str,
     """A table for each policy.
 
     First every interval is tried at the anchor budget. The other budgets are then run with those of a policy's
-    intervals that came within 25 % of the best run of all, four at most, and with the policy's best one in any case.
+    intervals that came within 15 % of the best run of all, three at most, and with the policy's best one in any case.
     """
     num_experts = runs.setting.model.num_experts
     others = [budget for budget in candidates.budgets if budget != candidates.anchor]
