@@ -16,32 +16,50 @@ from tidesim.result import RunResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Which sequences a plan is made on, and which it is scored on; drawn with `seed`."""
+    """Which sequences a plan is made on, and which it is scored on; drawn with `seed`.
+
+    Parameters
+    ----------
+    training : the plan is made on these.
+    profiled : of them, those that expert popularity is counted on while choosing; the others are simulated. A static
+        placement that were tried on the sequences that it was counted on would look better than it is.
+    held_out : the plan is scored on these.
+    """
 
     training: tuple[int, ...]
+    profiled: tuple[int, ...]
     held_out: tuple[int, ...]
     seed: int
+
+    @property
+    def tuned(self) -> tuple[int, ...]:
+        """The training sequences that candidates are simulated on."""
+        return tuple(sequence for sequence in self.training if sequence not in self.profiled)
 
 
 def split_sequences(num_sequences: int, held_out_share: float, seed: int) -> Split:
     """Draw the held-out sequences: the nearest whole number to the share, but at least one, and one left to train on.
 
-    A share of 0 holds out none. Raise PlanError if the share is not >= 0 and < 1, or there are too few sequences.
+    A share of 0 holds out none. Half of the training sequences are profiled, rounded down. Raise PlanError if the share
+    is not >= 0 and < 1, or there are too few sequences.
     """
     if not 0 <= held_out_share < 1:
         raise PlanError(f"held_out_share(={held_out_share}) must be >= 0 and < 1.")
     if not num_sequences:
         raise PlanError("the trace holds no sequence; record at least one.")
-    if not held_out_share:
-        return Split(training=tuple(range(num_sequences)), held_out=(), seed=seed)
-    if num_sequences == 1:
+    if held_out_share and num_sequences == 1:
         raise PlanError(
             "the trace holds 1 sequence, which cannot be split; record more, or give a held-out share of 0."
         )
-    num_held_out = min(num_sequences - 1, max(1, round(held_out_share * num_sequences)))
-    drawn = np.random.default_rng(seed).permutation(num_sequences)[:num_held_out].tolist()
-    training = tuple(sequence for sequence in range(num_sequences) if sequence not in drawn)
-    return Split(training=training, held_out=tuple(sorted(drawn)), seed=seed)
+    num_held_out = min(num_sequences - 1, max(1, round(held_out_share * num_sequences))) if held_out_share else 0
+    drawn = np.random.default_rng(seed).permutation(num_sequences).tolist()
+    held_out, training = drawn[:num_held_out], drawn[num_held_out:]
+    return Split(
+        training=tuple(sorted(training)),
+        profiled=tuple(sorted(training[: len(training) // 2])),
+        held_out=tuple(sorted(held_out)),
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +70,7 @@ class Baseline:
     ----------
     name, description : what it is.
     is_reference : whether it is only there to compare with, as it does not use the same memory.
-    predicted, held_out : on the training and on the held-out sequences.
+    predicted, held_out : on the tuned and on the held-out sequences.
     """
 
     name: str
@@ -103,13 +121,13 @@ class PlanReport:
     Parameters
     ----------
     chosen : the plan.
-    predicted, held_out : the plan simulated on the training, and on the held-out sequences (None if there are none).
+    predicted, held_out : the plan simulated on the tuned, and on the held-out sequences (None if there are none).
     baselines : on the same sequences, fastest first.
     programmes : one per policy; that of the plan's policy is `programme`.
     tide : TIDE's own programme, one per policy that refreshes, each simulated among the baselines.
     split, trace_origin : which sequences were used, and where they come from.
     memory, slots : device memory without experts, and how many experts fit into the rest.
-    table_forwards : forwards that the tables were filled on: the first training sequences.
+    table_forwards : forwards that the tables were filled on: the first tuned sequences.
     num_runs : simulated runs.
     solve_s, total_s : seconds that the solvers took, and planning as a whole.
     """

@@ -2,7 +2,8 @@
 
 The steps of `plan`:
 
-1. Split the sequences; all choosing is done on the training ones.
+1. Split the sequences; all choosing is done on the training ones: expert popularity is counted on one half of them,
+   and every candidate is simulated on the other.
 2. Fill a table for each policy, and solve its integer programme.
 3. Simulate the programmes' choices as a whole, and the baselines beside them. The shortest run is the plan.
 4. Simulate the plan and the baselines on the held-out sequences.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tidesim.errors import PlanError
 from tidesim.execution import Costs, Execution, check_memory
@@ -36,7 +38,7 @@ from tidesim.result import RunResult, tool_version
 from tidesim.trace import Trace
 from tidesim.workload import Workload
 
-_TRAINING, _HELD_OUT, _TABLE = "training", "held-out", "table"
+_TUNED, _HELD_OUT, _TABLE = "tuned", "held-out", "table"
 
 
 class _Rival(NamedTuple):
@@ -91,8 +93,8 @@ def plan(
     held_out_share : share of the sequences that the plan is scored on and not made on; 0 for none.
     reserve_bytes : device memory to leave alone; see `execution.device_memory`.
     solver, time_limit_s : for each integer programme; after the limit the best choice so far is taken.
-    table_visits : the tables are filled on the first training sequences, as many as visit (forwards x layers) at most
-        so many layers, and at least one. Everything else is simulated on all training sequences.
+    table_visits : the tables are filled on the first tuned sequences, as many as visit (forwards x layers) at most
+        so many layers, and at least one. Everything else is simulated on all of them.
     workers : processes, None for one per CPU; see `Runs`.
     seed : of the split.
     progress : called with how many runs are done, and how many are known to be needed so far.
@@ -108,10 +110,12 @@ def plan(
     max_tokens = max(workload.max_tokens for workload in workloads.values())
     room = measure_room(model, hardware, execution, max_tokens, reserve_bytes)
     check_memory(model, hardware, execution, 0, max_tokens, reserve_bytes)
-    candidates = find_candidates(model, room.slots, workloads[_TRAINING], policies, budgets, intervals)
+    candidates = find_candidates(model, room.slots, workloads[_TUNED], policies, budgets, intervals)
     setting = Setting(
         workloads=workloads,
-        popularity=workloads[_TRAINING].counts.sum(axis=0, dtype=np.int64),
+        popularity=_popularity(trace, model, execution, split.training),
+        tuning_popularity=_popularity(trace, model, execution, split.profiled or split.training),
+        held_out=_HELD_OUT,
         model=model,
         hardware=hardware,
         execution=execution,
@@ -139,28 +143,36 @@ def plan(
         )
 
 
+def _load(trace: Trace, model: MoEConfig, execution: Execution, sequences: Sequence[int]) -> Workload:
+    workload = trace.workload("block" if execution.kv_cache else "full", sequences)
+    return workload if workload.num_layers == model.num_layers else workload.tiled(model.num_layers)
+
+
+def _popularity(
+    trace: Trace, model: MoEConfig, execution: Execution, sequences: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    """[L, E], tokens that each expert got over all forwards of `sequences`."""
+    counted: npt.NDArray[np.int64] = _load(trace, model, execution, sequences).counts.sum(axis=0, dtype=np.int64)
+    return counted
+
+
 def _workloads(
     trace: Trace, model: MoEConfig, execution: Execution, split: Split, table_visits: int
 ) -> dict[str, Workload]:
-    """The workload of each part; that of the table is left out if it is all of the training."""
-
-    def load(sequences: Sequence[int]) -> Workload:
-        workload = trace.workload("block" if execution.kv_cache else "full", sequences)
-        return workload if workload.num_layers == model.num_layers else workload.tiled(model.num_layers)
-
-    parts = {_TRAINING: load(split.training)}
+    """The workload of each part; that of the table is left out if it is all that is tuned on."""
+    parts = {_TUNED: _load(trace, model, execution, split.tuned)}
     if split.held_out:
-        parts[_HELD_OUT] = load(split.held_out)
-    num_forwards = np.bincount(parts[_TRAINING].sequence)[list(split.training)]
+        parts[_HELD_OUT] = _load(trace, model, execution, split.held_out)
+    num_forwards = np.bincount(parts[_TUNED].sequence)[list(split.tuned)]
     visits = np.cumsum(num_forwards) * model.num_layers
     num_table = max(1, int(np.count_nonzero(visits <= table_visits)))
-    if num_table < len(split.training):
-        parts[_TABLE] = load(split.training[:num_table])
+    if num_table < len(split.tuned):
+        parts[_TABLE] = _load(trace, model, execution, split.tuned[:num_table])
     return parts
 
 
 def _table_part(setting: Setting) -> str:
-    return _TABLE if _TABLE in setting.workloads else _TRAINING
+    return _TABLE if _TABLE in setting.workloads else _TUNED
 
 
 # --- the search ---
@@ -173,7 +185,7 @@ def _search(runs: Runs, candidates: Candidates, slots: int, solver: SolverName, 
         for name, table in tables.items()
     }
     tide = _tide_programmes(runs, candidates)
-    contenders = [Case(name, choice.budget, choice.interval, _TRAINING) for name, choice in choices.items()]
+    contenders = [Case(name, choice.budget, choice.interval, _TUNED) for name, choice in choices.items()]
     for name, table in tables.items():
         budget, interval = table.fastest(slots)
         contenders.append(_uniform(runs, name, budget, interval))
@@ -188,7 +200,7 @@ def _search(runs: Runs, candidates: Candidates, slots: int, solver: SolverName, 
 
 
 def _uniform(runs: Runs, policy: str, budget: int, interval: int | None) -> Case:
-    return Case.uniform(policy, budget, interval, _TRAINING, runs.setting.model.num_layers)
+    return Case.uniform(policy, budget, interval, _TUNED, runs.setting.model.num_layers)
 
 
 def _refreshing(candidates: Candidates) -> list[str]:
@@ -201,7 +213,7 @@ def _tide_programmes(runs: Runs, candidates: Candidates) -> tuple[TideProgramme,
     setting = runs.setting
     if not 0 < candidates.uniform < setting.model.num_experts:
         return ()
-    workload = setting.workloads[_TRAINING]
+    workload = setting.workloads[_TUNED]
     costs = Costs(setting.model, setting.hardware, setting.execution, int(workload.tokens.max()))
     return tuple(
         tide_programme(workload, costs, policy(name, refresh_interval=1), candidates.uniform)
@@ -243,7 +255,7 @@ def _best_static(rival: _Rival, ranked: Sequence[tuple[Case, RunResult]]) -> _Ri
 
 
 def _score(runs: Runs, found: _Found) -> tuple[Baseline, ...]:
-    """The baselines on the training and the held-out sequences, fastest first."""
+    """The baselines on the tuned and the held-out sequences, fastest first."""
     cases = [found.winner, *(rival.case for rival in found.rivals)]
     if _HELD_OUT in runs.setting.workloads:
         runs.results([case._replace(sequences=_HELD_OUT) for case in cases])
@@ -301,7 +313,7 @@ def _make_plan(
         ),
         objective=objective,
         execution=setting.execution.name,
-        context=setting.workloads[_TRAINING].context,
+        context=setting.workloads[_TUNED].context,
         policy=winner.policy,
         budget=winner.budget,
         refresh_interval=winner.interval,

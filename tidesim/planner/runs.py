@@ -51,10 +51,14 @@ class Setting:
     ----------
     workloads : the parts of the sequences, by name.
     popularity : [L, E], tokens per expert over the training sequences, for policies that want to know.
+    tuning_popularity : the same over the profiled sequences alone, for runs on training sequences.
+    held_out : name of the part that is not of the training sequences.
     """
 
     workloads: Mapping[str, Workload]
     popularity: npt.NDArray[np.int64]
+    tuning_popularity: npt.NDArray[np.int64]
+    held_out: str
     model: MoEConfig
     hardware: Hardware
     execution: Execution
@@ -62,11 +66,12 @@ class Setting:
 
     def run(self, case: Case) -> RunResult:
         """Simulate one case. Whether it fits the device is not asked: a table may hold more than fits."""
+        popularity = self.popularity if case.sequences == self.held_out else self.tuning_popularity
         return simulate(
             self.workloads[case.sequences],
             self.model,
             self.hardware,
-            make_policy(case.policy, case.interval, self.popularity),
+            make_policy(case.policy, case.interval, popularity),
             budget=case.budget,
             execution=self.execution,
             seed=self.seed,
