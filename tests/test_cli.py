@@ -1,0 +1,252 @@
+"""The commands as a user types them: exit codes, streams, and keys that others rely on."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tidesim import cli
+from tidesim.result import PARTS, RESOURCES
+from tidesim.shipped import find_shipped
+
+RESULT_KEYS = {
+    *("tok_per_s", "makespan_s", "num_forwards", "generated_tokens", "hit_rate", "hits", "misses", "promotions"),
+    *("evictions", "h2d_bytes", "d2h_bytes", "breakdown_s", "busy_share", "policy", "budget", "refresh_interval"),
+    *("execution", "context", "hardware", "model", "trace_origin", "seed", "version"),
+}
+
+Run = Callable[..., tuple[int, str, str]]
+SIMULATE = ("simulate", "--hardware", "rtx4090.yaml", "--trace", "llada2-tiny", "--model", "llada2.0-mini")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Type a command; gives exit code, stdout and stderr."""
+
+    def type_command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tidesim", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return type_command
+
+
+def test_help_names_every_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("trace", "inspect", "synthesize", "simulate", "plan"):
+        assert command in out
+        assert run(command, "--help")[0] == 0
+
+
+def test_simulate_reports_every_key_and_parts_that_add_up(run: Run) -> None:
+    code, out, _ = run(*SIMULATE, "--policy", "tide", "--budget", 64, "--refresh-interval", 4, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert set(result) >= RESULT_KEYS
+    assert set(result["breakdown_s"]) == set(PARTS)
+    assert set(result["busy_share"]) == set(RESOURCES)
+    assert sum(result["breakdown_s"].values()) == pytest.approx(result["makespan_s"], rel=1e-12)
+    assert result["model"] == "routing of llada2-tiny at the sizes of llada2.0-mini"
+    assert result["trace_origin"] == "recorded"
+    assert (result["budget"], result["refresh_interval"]) == (64, 4)
+
+
+def test_the_origin_of_the_trace_is_always_shown(run: Run) -> None:
+    code, out, _ = run("simulate", "--hardware", "rtx4090", "--policy", "static", "--budget", 16)
+    assert code == 0
+    assert "synthetic" in out
+    assert "recorded" in run(*SIMULATE, "--policy", "static", "--budget", 16)[1]
+
+
+def test_decisions_and_timeline_are_written(run: Run, tmp_path: Path) -> None:
+    decisions, timeline = tmp_path / "d.jsonl", tmp_path / "t.json"
+    code, out, _ = run(
+        *(*SIMULATE, "--policy", "lru", "--budget", 32, "--decisions", decisions, "--timeline", timeline, "--json")
+    )
+    assert code == 0
+    result = json.loads(out)
+    lines = [json.loads(line) for line in decisions.read_text().splitlines()]
+    assert len(lines) == result["num_forwards"] * 19
+    assert set(lines[0]) == {"forward", "layer", "promote", "evict", "hits", "misses"}
+    assert sum(len(line["promote"]) for line in lines) == result["promotions"]
+    assert sum(line["hits"] for line in lines) == result["hits"]
+    events = json.loads(timeline.read_text())["traceEvents"]
+    assert max(e["ts"] + e["dur"] for e in events if e["ph"] == "X") <= result["makespan_s"] * 1e6 + 1e-3
+
+
+def test_context_follows_the_execution_unless_told(run: Run) -> None:
+    def context_of(*more: str) -> tuple[str, str]:
+        result = json.loads(run(*SIMULATE, "--policy", "static", "--budget", 32, "--json", *more)[1])
+        return result["execution"], result["context"]
+
+    assert context_of() == ("overlapped", "block")
+    assert context_of("--execution", "tide-as-coded") == ("tide-as-coded", "full")
+    assert context_of("--context", "full") == ("overlapped without KV cache", "full")
+
+
+def test_fewer_weight_bits_move_fewer_bytes(run: Run) -> None:
+    options = ("--policy", "tide", "--budget", 48, "--json")
+    full, small = (json.loads(run(*SIMULATE, *options, "--weight-bits", bits)[1]) for bits in (16, 4))
+    assert small["promotions"] == full["promotions"]
+    assert small["h2d_bytes"] * 4 == full["h2d_bytes"]
+
+
+def test_without_a_budget_the_largest_that_fits_is_taken(run: Run) -> None:
+    fits = json.loads(run(*SIMULATE, "--policy", "static", "--json")[1])["budget"]
+    assert 0 < fits < 256
+    code, _, err = run(*SIMULATE, "--policy", "static", "--budget", fits + 1)
+    assert code == 2
+    assert f"largest budget that fits is {fits}" in err
+    assert run(*SIMULATE, "--policy", "static", "--budget", fits + 1, "--ignore-memory")[0] == 0
+
+
+@pytest.fixture
+def bad_profile(tmp_path: Path) -> Callable[[Callable[[dict[str, dict[str, object]]], object]], Path]:
+    def write(change: Callable[[dict[str, dict[str, object]]], object]) -> Path:
+        content = yaml.safe_load(find_shipped("hardware_profiles", "rtx4090.yaml").read_text())
+        change(content)
+        path = tmp_path / "bad.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def negate(content: dict[str, dict[str, object]]) -> None:
+    content["device"]["memory_gb_s"] = {"value": -5, "kind": "guess", "source": "none"}
+
+
+def misspell(content: dict[str, dict[str, object]]) -> None:
+    content["device"]["memory_gbs"] = content["device"].pop("memory_gb_s")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content["host"].pop("cores"), "$.host.cores"),
+        (negate, "$.device.memory_gb_s"),
+        (misspell, "$.device.memory_gbs"),
+    ],
+)
+def test_a_bad_profile_names_file_field_and_rule(
+    run: Run,
+    bad_profile: Callable[[Callable[[dict[str, dict[str, object]]], object]], Path],
+    change: Callable[[dict[str, dict[str, object]]], object],
+    said: str,
+) -> None:
+    path = bad_profile(change)
+    code, out, err = run("simulate", "--hardware", path, "--policy", "static", "--budget", 8)
+    assert code == 2
+    assert not out
+    assert str(path) in err
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--policy", "tied", "--budget", 8), "did you mean 'tide'"),
+        (("--policy", "tide", "--budget", 300), "300"),
+        (("--policy", "tide", "--budget", "many"), "whole number"),
+        (("--policy", "tide", "--budget", "8,8"), "one per"),
+        (("--policy", "tide", "--budget", 8, "--refresh-interval", 0), "refresh_interval"),
+        (("--policy", "static", "--budget", 8, "--refresh-interval", 4), "refresh_interval"),
+        (("--policy", "static", "--budget", 8, "--execution", "overlaped"), "did you mean 'overlapped'"),
+        (("--policy", "static", "--budget", 8, "--weight-bits", 5), "weight_bits"),
+        (("--policy", "static", "--budget", 8, "--hardware", "rtx4080"), "did you mean"),
+        (("--policy", "static", "--budget", 8, "--trace", "nothing.h5"), "no trace"),
+        (("--policy", "static", "--budget", 8, "--model", "llada9"), "no model"),
+        (("--policy", "static", "--budget", 8, "--reserve-gib", -1), "reserve-gib"),
+        (
+            (
+                "--policy",
+                "all-device",
+            ),
+            "GiB",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_exit_code_2(run: Run, options: tuple[object, ...], said: str) -> None:
+    code, out, err = run(*SIMULATE, *options)
+    assert code == 2
+    assert not out
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_trace_cut_in_half_is_refused_with_the_way_out(run: Run, tmp_path: Path) -> None:
+    whole = find_shipped("traces", "llada2-tiny", ".h5").read_bytes()
+    cut = tmp_path / "cut.h5"
+    cut.write_bytes(whole[: len(whole) // 2])
+    for words in (("inspect", cut), (*SIMULATE, "--trace", cut, "--policy", "static", "--budget", 8)):
+        code, out, err = run(*words)
+        assert code == 2
+        assert not out
+        assert "cut.h5" in err
+        assert "Traceback" not in err
+
+
+def test_inspect_prints_the_statistics_beside_the_published_ones(run: Run) -> None:
+    code, out, _ = run("inspect", "llada2-tiny")
+    assert code == 0
+    assert "recorded" in out
+    assert "dMoE" in out
+    code, out, _ = run("inspect", "llada2-tiny", "--json")
+    document = json.loads(out)
+    assert document["trace"]["num_layers"] == len(document["statistics"]["distinct_experts_by_layer"]) == 4
+
+
+def test_synthesize_writes_a_trace_that_says_so(run: Run, tmp_path: Path) -> None:
+    out_file = tmp_path / "s.h5"
+    words = (
+        "synthesize",
+        "--shape",
+        "llada2.0-mini",
+        "--sequences",
+        2,
+        "--gen-length",
+        32,
+        "--out",
+        out_file,
+        "--json",
+    )
+    code, out, _ = run(*words)
+    assert code == 0
+    document = json.loads(out)
+    assert (document["origin"], document["num_sequences"], document["num_layers"]) == ("synthetic", 2, 19)
+    code, _, err = run(*words)
+    assert code == 2
+    assert "exists" in err
+    again = json.loads(run(*words, "--overwrite")[1])
+    assert again["fingerprint"] == document["fingerprint"]
+
+
+def test_trace_records_the_tiny_model_and_shows_what_it_writes(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out_file = tmp_path / "t.h5"
+    words = ("trace", "--limit", 1, "--gen-length", 32, "--out", out_file)
+    code, out, err = run(*words, "--json", "--show-text")
+    assert code == 0
+    assert json.loads(out)["num_sequences"] == 1
+    assert len(err.strip()) > 0
+    document = json.loads(run("inspect", out_file, "--json")[1])
+    assert document["trace"]["origin"] == "recorded"
+    code, _, err = run("trace", "--model", "llada2.0-mini", "--out", tmp_path / "none.h5")
+    assert code == 2
+    assert "tokenizer" in err or "no weights" in err
+
+
+def test_a_missing_engine_says_what_to_install(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, _, err = run("trace", "--out", tmp_path / "t.h5")
+    assert code == 2
+    assert "tidesim[engine]" in err

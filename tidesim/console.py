@@ -1,0 +1,308 @@
+"""What people see: tables and progress bars. Tables go to stdout, notes and progress to stderr."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tidesim.result import PARTS
+
+Document = Mapping[str, Any]
+
+_WIDTH = 118  # where stdout is a file or a pipe, so that tables are the same wherever they are made
+
+
+def show(document: Document, tables: Callable[[Document], RenderableType], as_json: bool) -> None:
+    """Print a result: as one JSON object, or as what `tables` makes of it."""
+    if as_json:
+        print(json.dumps(document))
+        return
+    width = None if sys.stdout.isatty() else _WIDTH
+    Console(width=width, highlight=False, soft_wrap=False).print(tables(document))
+
+
+def note(text: str) -> None:
+    """Print a line that is no result."""
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A function that says how many of how many are done: a bar on a terminal, nothing in a pipe."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+# --- traces ---
+
+
+def recording_table(document: Document) -> RenderableType:
+    """What a tracing run did."""
+    tokens, seconds = document["generated_tokens"], document["generate_s"]
+    return _facts(
+        "Recorded",
+        {
+            "file": document["path"],
+            "sequences": document["num_sequences"],
+            "tokens generated": f"{tokens} in {seconds:.1f} s ({tokens / seconds:.0f} tok/s here)",
+            "forwards": document["num_forwards"],
+            "cost of recording": f"{100 * document['overhead']:.2f} % of generation time",
+        },
+    )
+
+
+def trace_table(document: Document) -> RenderableType:
+    """What a trace is."""
+    how = "with KV cache" if document["kv_cache"] else "without KV cache"
+    return _facts(
+        "Trace",
+        {
+            "file": document["path"],
+            "origin": document["origin"] + ("" if document["is_complete"] else ", stopped before its end"),
+            "model": f"{document['model']}: {document['num_layers']} MoE layers, {document['num_experts']} experts, "
+            f"top-{document['top_k']}, blocks of {document['block_length']}, {how}",
+            "sequences": f"{document['num_sequences']}, {document['generated_tokens']} tokens generated",
+            "forwards": f"{document['num_forwards']}, {document['routed_tokens']} routed tokens",
+        },
+    )
+
+
+# What was published for LLaDA2.0-mini (19 MoE layers, 256 experts, top-8, block 32, threshold 0.95) or, where said,
+# for its kin: the column that a trace is read against.
+_PUBLISHED = {
+    "distinct_experts": "65.9 to 71.5 (dMoE, arXiv 2605.30876)",
+    "distinct_experts_sd": "10 to 12 (dMoE, layer 10)",
+    "kept_share": "0.77 (0.82 for SDAR-30B-A3B, dMoE)",
+    "shared_experts_masked": "3.3 to 3.5 (refineserve)",
+    "accepted_per_step": "2.55; 1.24 to 5.16 by task (LLaDA2.0/2.1)",
+    "forwards_per_block_mean": "12.5; 6 to 26 by task",
+    "single_step_share": "about 0.5 (small sample)",
+    "popularity": "0.25 to 0.50 (DeepSeek-V3/R1)",
+}
+
+
+def statistics_tables(document: Document) -> RenderableType:
+    """A trace and the statistics of its routing, beside published figures."""
+    found = document["statistics"]
+    names = {
+        "distinct_experts": "distinct experts per layer and forward",
+        "distinct_experts_sd": "  its deviation over forwards",
+        "distinct_experts_uniform": "  if tokens drew uniformly",
+        "kept_share": "experts a position keeps to the next forward",
+        "shared_experts": "experts shared by two positions of a block",
+        "shared_experts_masked": "  while the whole block is masked",
+        "accepted_per_step": "tokens accepted per denoise forward",
+        "tokens_per_forward": "  of which answers keep (cut at their end)",
+        "forwards_per_block_mean": "denoise forwards per block",
+        "single_step_share": "forwards that accept one token",
+        "popularity": "routing to the hottest eighth of experts",
+        "used_share": "experts ever used",
+    }
+    origin = document["trace"]["origin"]
+    table = _table("Routing statistics", left=("quantity",), right=(f"this trace ({origin})",))
+    table.add_column("published")
+    for key, name in names.items():
+        table.add_row(name, _figure(found[key]), _PUBLISHED.get(key, ""))
+    for regime, key, published in (
+        ("block-only", "cosine_block", ""),
+        ("full", "cosine_full", "0.985 .. > 0.95 .. (TIDE, second hand)"),
+    ):
+        cosines = found[key]
+        shown = " ".join(f"{cosines[lag - 1]:.3f}" for lag in (1, 2, 5, 8) if lag <= len(cosines))
+        table.add_row(f"cosine of counts at lag 1 2 5 8, {regime}", shown or "-", published)
+    return Group(trace_table(document["trace"]), table, _layer_table(found))
+
+
+def _layer_table(found: Document) -> Table:
+    columns = {
+        "distinct experts": "distinct_experts_by_layer",
+        "deviation": "distinct_experts_sd_by_layer",
+        "kept": "kept_share_by_layer",
+        "hottest eighth": "popularity_by_layer",
+        "ever used": "used_share_by_layer",
+    }
+    table = _table("By MoE layer", left=(), right=("layer", *columns))
+    for layer in range(len(found["distinct_experts_by_layer"])):
+        cells = [found[key][layer] if layer < len(found[key]) else None for key in columns.values()]
+        table.add_row(str(layer), *map(_figure, cells))
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+# --- runs ---
+
+
+def result_tables(document: Document) -> RenderableType:
+    """One run: what was run, what it came to, and where the time went."""
+    facts = {
+        "model": document["model"],
+        "trace": document["trace_origin"],
+        "machine": document["hardware"],
+        "execution": f"{document['execution']}, context {document['context']}",
+        "policy": document["policy"] + _interval(document["refresh_interval"]),
+        "budget": f"{_per_layer(document['budget'])} experts a layer",
+        "throughput": f"{document['tok_per_s']:.2f} tok/s predicted ({document['generated_tokens']} tokens "
+        f"in {document['makespan_s']:.2f} s, {document['num_forwards']} forwards)",
+        "hit rate": f"{100 * document['hit_rate']:.1f} % of routed pairs",
+        "moved": f"{document['promotions']} promotions, {_gb(document['h2d_bytes'])} to the device, "
+        f"{_gb(document['d2h_bytes'])} to the host",
+        "busy": ", ".join(f"{name} {100 * share:.0f} %" for name, share in document["busy_share"].items()),
+    }
+    return Group(_facts("Simulated run", facts), part_table(document))
+
+
+def part_table(document: Document) -> Table:
+    """Where the time of one run goes: each part in seconds and as a share of the makespan, and what it is."""
+    table = _table("Where the time goes", left=("part",), right=("time", "share"))
+    table.add_column("what it is")
+    for part, meaning in PARTS.items():
+        part_s = document["breakdown_s"][part]
+        table.add_row(
+            part.replace("_", " "), f"{part_s:.3f} s", f"{100 * part_s / document['makespan_s']:.1f} %", meaning
+        )
+    return table
+
+
+def breakdown_table(documents: Sequence[Document]) -> Table:
+    """Runs side by side: milliseconds a forward, and the share of the makespan by part."""
+    parts = [part.replace("_", " ") for part in PARTS]
+    table = _table("Where the time goes", left=("run",), right=("ms a forward", *parts))
+    for document in documents:
+        shares = [100 * document["breakdown_s"][part] / document["makespan_s"] for part in PARTS]
+        forward_ms = 1e3 * document["makespan_s"] / document["num_forwards"]
+        table.add_row(document["label"], f"{forward_ms:.2f}", *(f"{share:.0f} %" for share in shares))
+    return table
+
+
+def _interval(refresh_interval: int | Sequence[int] | None) -> str:
+    return "" if refresh_interval is None else f", refresh every {_per_layer(refresh_interval)} steps"
+
+
+def _per_layer(value: int | Sequence[int]) -> str:
+    return str(value) if isinstance(value, int) else ",".join(map(str, value))
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _facts(title: str, facts: Mapping[str, object]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    return table
+
+
+# --- plans ---
+
+
+def plan_tables(document: Document) -> RenderableType:
+    """A plan: what to use, what to expect, what it was compared with, and where the time goes."""
+    chosen, scored = document["chosen"], document["held_out"]
+    score = "" if scored is None else f"; {scored['tok_per_s']:.2f} on {len(scored['sequences'])} sequences held out"
+    tide_code = chosen["tide_code"]
+    facts = {
+        "model": document["predicted"]["model"],
+        "trace": f"{document['trace_origin']}, {len(document['split']['training'])} sequences to plan on",
+        "machine": chosen["hardware"]["name"],
+        "execution": f"{chosen['execution']}, context {chosen['context']}",
+        "policy": chosen["policy"],
+        "budget": f"{_spread(chosen['budget'])} experts a layer, {sum(chosen['budget'])} of {document['slots']} slots",
+        "refresh": "never"
+        if chosen["refresh_interval"] is None
+        else f"every {_spread(chosen['refresh_interval'])} steps",
+        "expect": f"{document['predicted']['tok_per_s']:.2f} tok/s{score}",
+        "optimal": f"in its table to {100 * document['gap']:.2g} % ({document['solver']['solver']}); "
+        f"{document['num_runs']} simulated runs, {document['total_s']:.0f} s",
+        "device memory": _memory(document["memory"], chosen),
+        "in TIDE's code": f"max_gpu_experts_per_layer={tide_code['max_gpu_experts_per_layer']}, "
+        f"jump_steps={tide_code['jump_steps']}",
+    }
+    facts |= {f"TIDE's own programme ({tide['policy']})": _tide(tide) for tide in document["tide"]}
+    runs = [{**document["predicted"], "label": "this plan"}, *_labelled(document["baselines"])]
+    return Group(_facts("Plan", facts), _ranking(document), breakdown_table(runs))
+
+
+def _ranking(document: Document) -> Table:
+    """The plan among its baselines, on the sequences that it was made on and on those held out."""
+    scored = document["held_out"]
+    held_out = {} if scored is None else {run["baseline"]: run for run in scored["baselines"]}
+    right = ("planned on, tok/s", "held out, tok/s", "plan is faster by", "hit rate")
+    table = _table("Predicted throughput, with as many experts on the device", left=("",), right=right)
+    plan_s = document["predicted"]["tok_per_s"]
+    best = scored["tok_per_s"] if scored else None
+    table.add_row(
+        "this plan", "", f"{plan_s:.2f}", _rate(scored), "", f"{100 * document['predicted']['hit_rate']:.1f} %"
+    )
+    for run in document["baselines"]:
+        other = held_out.get(run["baseline"])
+        ours, theirs = (best, other["tok_per_s"]) if best and other else (plan_s, run["tok_per_s"])
+        name = run["baseline"] + (" (reference)" if run["is_reference"] else "")
+        gain = f"{100 * (ours / theirs - 1):+.1f} %"
+        hit_rate = f"{100 * run['hit_rate']:.1f} %"
+        table.add_row(name, f"{run['tok_per_s']:.2f}", _rate(other), gain, hit_rate)
+    return table
+
+
+def _labelled(baselines: Sequence[Document]) -> list[Document]:
+    return [{**run, "label": run["baseline"]} for run in baselines]
+
+
+def _rate(run: Document | None) -> str:
+    return "-" if run is None else f"{run['tok_per_s']:.2f}"
+
+
+def _spread(values: Sequence[int]) -> str:
+    """One number if all layers have it, else how many layers have which."""
+    counts = sorted(Counter(values).items())
+    if len(counts) == 1:
+        return str(counts[0][0])
+    return ", ".join(f"{value} ({count} layers)" for value, count in counts)
+
+
+def _memory(memory: Document, chosen: Document) -> str:
+    experts = sum(chosen["budget"]) * chosen["model"]["expert_bytes"]
+    parts = {
+        "experts": experts,
+        "other weights": memory["non_experts"],
+        "KV cache": memory["kv_cache"],
+        "transient": memory["transient"],
+        "reserve": memory["reserve"],
+    }
+    listed = " + ".join(f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in parts.items())
+    return (
+        f"{listed} = {sum(parts.values()) / 2**30:.2f} GiB of {chosen['hardware']['device_memory_bytes'] / 2**30:.2f}"
+    )
+
+
+def _tide(tide: Document) -> str:
+    fit = tide["fit"]
+    return f"refresh every {tide['interval']} steps at budget {tide['budget']} (drift d = {fit['drift']:.3f} a step)"
