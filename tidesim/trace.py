@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +26,7 @@ import numpy.typing as npt
 
 from tidesim.errors import TraceError
 from tidesim.moe import MoEConfig
+from tidesim.result import tool_version
 from tidesim.shipped import find_shipped
 from tidesim.trace_format import (
     ATTRIBUTES,
@@ -127,7 +127,7 @@ class TraceWriter:
         values = {
             "format": FORMAT,
             "version": VERSION,
-            "tool_version": _tool_version(),
+            "tool_version": tool_version(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "origin": origin,
             "complete": False,
@@ -451,13 +451,6 @@ _ENCODE: dict[str, Callable[[Any], Any]] = {
     "bool": np.bool_,
     "json": lambda value: _fixed(json.dumps(value, sort_keys=True)),
 }
-
-
-def _tool_version() -> str:
-    try:
-        return metadata.version("tidesim")
-    except metadata.PackageNotFoundError:
-        return "unknown"  # run from a source checkout that was not installed
 
 
 @contextmanager
