@@ -1,13 +1,13 @@
 #!/bin/sh
-# The main job on one page: generate with a real model, record its routing, replay it, plan for a machine.
+# The main job: generate with a real model, record its routing, replay it, plan for a machine.
 # Called by `make demo` with BIN (the environment's programs) and RUNS (where results go).
 set -eu
 mkdir -p "$RUNS"
 say() { printf '\n$ tidesim %s\n' "$*"; "$BIN/tidesim" "$@"; }
 
-say trace --model llada2-tiny --limit 6 --gen-length 96 --overwrite --out "$RUNS/trace.h5"
+say trace --model llada2-tiny --limit 1 --gen-length 64 --show-text --overwrite --out "$RUNS/one.h5"
+say trace --model llada2-tiny --gen-length 96 --overwrite --out "$RUNS/trace.h5"
 say inspect "$RUNS/trace.h5"
-for policy in all-host static lru tide; do
-    say simulate --trace "$RUNS/trace.h5" --model llada2.0-mini --hardware rtx4090.yaml --policy $policy --budget 96
-done
+say simulate --trace "$RUNS/trace.h5" --model llada2.0-mini --hardware rtx4090.yaml --policy lru --budget 96
+say simulate --trace "$RUNS/trace.h5" --model llada2.0-mini --hardware rtx4090.yaml --policy tide --budget 96
 say plan --trace "$RUNS/trace.h5" --model llada2.0-mini --hardware rtx4090.yaml --out "$RUNS/plan.json"
