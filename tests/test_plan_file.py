@@ -27,7 +27,7 @@ PREDICTION = Prediction(
 TIDE = Plan(
     model=ModelSizes.of(MODEL),
     hardware=Machine(name="paper", device_memory_bytes=toy_hardware().device.memory_bytes, fingerprint="a" * 64),
-    trace=Routing(model="toy", origin="synthetic", fingerprint="b" * 64, training=(0, 2), held_out=(1,)),
+    trace=Routing(model="toy", origin="synthetic", fingerprint="b" * 64, training=(0, 2), profiled=(2,), held_out=(1,)),
     objective="throughput",
     execution="plain",
     context="block",

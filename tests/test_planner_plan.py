@@ -137,11 +137,12 @@ def test_no_other_choice_of_budgets_is_faster(trace, slots, name, interval):
         for budget in itertools.product(budgets, repeat=L)
         if sum(budget) <= slots
     ]
-    # A refresh at every step is always tried as a baseline, and may win where another interval was asked for.
-    is_as_asked = report.chosen.refresh_interval in (None, (interval,) * L)
-    assert (
-        report.predicted.makespan_ns == min(times_ns) if is_as_asked else report.predicted.makespan_ns < min(times_ns)
-    )
+    assert report.predicted.makespan_ns == min(times_ns)
+
+
+def test_intervals_that_were_not_asked_for_are_not_chosen(trace):
+    chosen = make(trace, policies=["tide", "tide-as-coded"], intervals=[3]).chosen
+    assert chosen.refresh_interval == (3, 3)
 
 
 def test_layers_that_share_no_link_add_up_exactly(report):

@@ -26,6 +26,7 @@ class Candidates:
     budgets, intervals : for one layer.
     uniform : the largest of the budgets that fits in every layer at once.
     anchor : the budget at which all intervals are tried: `uniform` if that leaves something to choose.
+    is_open : whether an interval beside these may be chosen too, if some baseline does well with it.
     """
 
     policies: tuple[str, ...]
@@ -33,6 +34,11 @@ class Candidates:
     intervals: tuple[int, ...]
     uniform: int
     anchor: int
+    is_open: bool
+
+    def may_choose(self, policy: str, intervals: Sequence[int] | None) -> bool:
+        """Whether a plan may have this policy and these intervals."""
+        return policy in self.policies and (self.is_open or set(intervals or ()) <= set(self.intervals))
 
 
 def find_candidates(
@@ -41,9 +47,11 @@ def find_candidates(
     workload: Workload,
     policies: Sequence[str],
     budgets: Sequence[int] | None,
-    intervals: Sequence[int],
+    intervals: Sequence[int] | None,
 ) -> Candidates:
-    """The candidates when `slots` experts fit over all layers; `budgets` None means `default_budgets`.
+    """The candidates when `slots` experts fit over all layers.
+
+    `budgets` None means `default_budgets`, and `intervals` None `INTERVALS` and whatever else turns up.
 
     A policy that needs more slots than there are, as one that fetches needs a slot in every layer, is left out.
     Raise BudgetError if a budget is out of range, PlanError if an interval or policy is, InfeasibleError if no budget
@@ -52,7 +60,8 @@ def find_candidates(
     if budgets is None:
         budgets = default_budgets(slots, model.num_layers, model.num_experts)
     check_budgets(budgets, model.num_experts)
-    _check_names(policies, budgets, intervals)
+    listed = INTERVALS if intervals is None else intervals
+    _check_names(policies, budgets, listed)
     chosen = tuple(sorted(set(budgets)))
     needed = {name: smallest_budget(name, chosen) for name in policies}
     able = tuple(name for name, budget in needed.items() if budget is not None and budget * model.num_layers <= slots)
@@ -62,9 +71,10 @@ def find_candidates(
     return Candidates(
         policies=able,
         budgets=chosen,
-        intervals=distinct_intervals(intervals, workload),
+        intervals=distinct_intervals(listed, workload),
         uniform=max(fitting, default=0),
         anchor=_anchor(chosen, fitting, model.num_experts),
+        is_open=intervals is None,
     )
 
 

@@ -65,12 +65,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """Which trace a plan was made from, and how its sequences were split."""
+    """Which trace a plan was made from, and how its sequences were split; the words are those of `Split`."""
 
     model: str
     origin: str
     fingerprint: str
     training: tuple[int, ...]
+    profiled: tuple[int, ...]
     held_out: tuple[int, ...]
 
 

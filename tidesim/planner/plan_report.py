@@ -22,7 +22,8 @@ class Split:
     ----------
     training : the plan is made on these.
     profiled : of them, those that expert popularity is counted on while choosing; the others are simulated. A static
-        placement that were tried on the sequences that it was counted on would look better than it is.
+        placement that were tried on the sequences that it was counted on would look better than it is. A single
+        training sequence is counted on and simulated all the same.
     held_out : the plan is scored on these.
     """
 

@@ -23,7 +23,7 @@ from tidesim.errors import PlanError
 from tidesim.execution import Costs, Execution, check_memory
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
-from tidesim.planner.candidates import INTERVALS, Candidates, find_candidates
+from tidesim.planner.candidates import Candidates, find_candidates
 from tidesim.planner.integer_programme import Choice, SolverName, choose
 from tidesim.planner.plan_fields import OBJECTIVES, POLICY_NAMES
 from tidesim.planner.plan_file import Machine, ModelSizes, Plan, Prediction, Proof, Routing, TideCode
@@ -70,7 +70,7 @@ def plan(
     objective: str = "throughput",
     policies: Sequence[str] = POLICY_NAMES,
     budgets: Sequence[int] | None = None,
-    intervals: Sequence[int] = INTERVALS,
+    intervals: Sequence[int] | None = None,
     held_out_share: float = 0.25,
     reserve_bytes: int | None = None,
     solver: SolverName = "highs",
@@ -89,7 +89,8 @@ def plan(
     objective : one of `OBJECTIVES`.
     policies : those to choose from, of "static", "tide", "tide-as-coded" and "lru".
     budgets : candidates for a layer's budget; by default 0, the largest uniform one that fits, and some around it.
-    intervals : candidates for a layer's refresh interval.
+    intervals : candidates for a layer's refresh interval; by default some of 1 to 32, and what TIDE's own programme
+        chooses.
     held_out_share : share of the sequences that the plan is scored on and not made on; 0 for none.
     reserve_bytes : device memory to leave alone; see `execution.device_memory`.
     solver, time_limit_s : for each integer programme; after the limit the best choice so far is taken.
@@ -191,7 +192,7 @@ def _search(runs: Runs, candidates: Candidates, slots: int, solver: SolverName, 
         contenders.append(_uniform(runs, name, budget, interval))
     has_room_for_all = slots == runs.setting.model.num_layers * runs.setting.model.num_experts
     rivals = _rivals(runs, candidates, tide, has_room_for_all)
-    contenders += [rival.case for rival in rivals if rival.case.policy in tables]
+    contenders += [rival.case for rival in rivals if candidates.may_choose(rival.case.policy, rival.case.interval)]
     results = runs.results([*contenders, *(rival.case for rival in rivals)])
     # Of equally fast runs, the one with fewer experts on the device.
     ranked = sorted(zip(contenders, results, strict=False), key=lambda item: (item[1].makespan_ns, sum(item[0].budget)))
@@ -309,6 +310,7 @@ def _make_plan(
             origin=trace.origin,
             fingerprint=trace.fingerprint,
             training=split.training,
+            profiled=split.profiled,
             held_out=split.held_out,
         ),
         objective=objective,
