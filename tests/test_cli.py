@@ -157,7 +157,7 @@ def test_a_bad_profile_names_file_field_and_rule(
         (("--policy", "tied", "--budget", 8), "did you mean 'tide'"),
         (("--policy", "tide", "--budget", 300), "300"),
         (("--policy", "tide", "--budget", "many"), "whole number"),
-        (("--policy", "tide", "--budget", "8,8"), "one per"),
+        (("--policy", "tide", "--budget", "8,8"), "one for each"),
         (("--policy", "tide", "--budget", 8, "--refresh-interval", 0), "refresh_interval"),
         (("--policy", "static", "--budget", 8, "--refresh-interval", 4), "refresh_interval"),
         (("--policy", "static", "--budget", 8, "--execution", "overlaped"), "did you mean 'overlapped'"),
@@ -166,13 +166,7 @@ def test_a_bad_profile_names_file_field_and_rule(
         (("--policy", "static", "--budget", 8, "--trace", "nothing.h5"), "no trace"),
         (("--policy", "static", "--budget", 8, "--model", "llada9"), "no model"),
         (("--policy", "static", "--budget", 8, "--reserve-gib", -1), "reserve-gib"),
-        (
-            (
-                "--policy",
-                "all-device",
-            ),
-            "GiB",
-        ),
+        (("--policy", "all-device"), "GiB"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_exit_code_2(run: Run, options: tuple[object, ...], said: str) -> None:
