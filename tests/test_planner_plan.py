@@ -24,12 +24,12 @@ from tidesim.trace import Trace
 
 BLOCKING = toy_execution()
 BACKGROUND = toy_execution(name="background", copies="background", host="parallel", is_pinned=True)
-STEPS = [[3, 2], [4], [2, 3], [5], [4], [2, 2]]
+STEPS = [[3, 2], [4], [2, 3], [5], [4], [2, 2, 1]]
 
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
-    """Six sequences of one or two blocks, whose experts with low ids are the busier ones."""
+    """Six sequences of one to three blocks, whose experts with low ids are the busier ones."""
     path = tmp_path_factory.mktemp("traces") / "small.h5"
     rng = np.random.default_rng(5)
     with writer(path, origin="synthetic") as out:
@@ -303,6 +303,13 @@ def test_the_table_may_be_filled_on_fewer_sequences(trace, report):
 
 
 # --- memory ---
+
+
+def test_memory_is_set_aside_for_the_longest_sequence_whatever_it_was_used_for(trace):
+    reports = [make(trace, policies=["static"], seed=seed) for seed in range(6)]
+    longest = len(STEPS) - 1
+    assert any(longest in report.split.profiled for report in reports)
+    assert {report.chosen.max_tokens for report in reports} == {trace.workload().max_tokens}
 
 
 def test_too_little_memory_says_which_reserve_would_do(trace):

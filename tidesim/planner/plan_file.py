@@ -1,7 +1,7 @@
 """The plan as a value and as a file: JSON that an engine loads, checked field by field.
 
-`FIELDS` describes every field of the file once; reading and checking are driven from it. A plan says what to do
-(policy, budgets, intervals, placement), for which model and machine, and what came out when it was simulated.
+`plan_fields.FIELDS` describes every field of the file once; reading and checking are driven from it. A plan says what
+to do (policy, budgets, intervals, placement), for which model and machine, and what came out when it was simulated.
 """
 
 import hashlib
@@ -125,7 +125,7 @@ class TideCode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to do with a model's experts on a machine. See `FIELDS` for what each field means.
+    """What to do with a model's experts on a machine. See `plan_fields.FIELDS` for what each field means.
 
     Raise PlanError with everything that contradicts itself.
     """

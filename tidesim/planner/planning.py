@@ -107,15 +107,16 @@ def plan(
     if objective not in OBJECTIVES:
         raise PlanError(f"objective(={objective!r}) must be one of {', '.join(OBJECTIVES)}.")
     split = split_sequences(len(trace.sequences), held_out_share, seed)
+    training = _load(trace, model, execution, split.training)
     workloads = _workloads(trace, model, execution, split, table_visits)
-    max_tokens = max(workload.max_tokens for workload in workloads.values())
+    max_tokens = max(workload.max_tokens for workload in (training, *workloads.values()))
     room = measure_room(model, hardware, execution, max_tokens, reserve_bytes)
     check_memory(model, hardware, execution, 0, max_tokens, reserve_bytes)
     candidates = find_candidates(model, room.slots, workloads[_TUNED], policies, budgets, intervals)
     setting = Setting(
         workloads=workloads,
-        popularity=_popularity(trace, model, execution, split.training),
-        tuning_popularity=_popularity(trace, model, execution, split.profiled or split.training),
+        popularity=_popularity(training, split.training),
+        tuning_popularity=_popularity(training, split.profiled or split.training),
         held_out=_HELD_OUT,
         model=model,
         hardware=hardware,
@@ -149,11 +150,9 @@ def _load(trace: Trace, model: MoEConfig, execution: Execution, sequences: Seque
     return workload if workload.num_layers == model.num_layers else workload.tiled(model.num_layers)
 
 
-def _popularity(
-    trace: Trace, model: MoEConfig, execution: Execution, sequences: Sequence[int]
-) -> npt.NDArray[np.int64]:
+def _popularity(workload: Workload, sequences: Sequence[int]) -> npt.NDArray[np.int64]:
     """[L, E], tokens that each expert got over all forwards of `sequences`."""
-    counted: npt.NDArray[np.int64] = _load(trace, model, execution, sequences).counts.sum(axis=0, dtype=np.int64)
+    counted: npt.NDArray[np.int64] = workload.counts[np.isin(workload.sequence, sequences)].sum(axis=0, dtype=np.int64)
     return counted
 
 
