@@ -9,8 +9,11 @@ import pytest
 import yaml
 
 from tidesim import cli
+from tidesim.moe import read_hf_config
+from tidesim.planner import Plan
 from tidesim.result import PARTS, RESOURCES
 from tidesim.shipped import find_shipped
+from tidesim.synthesize import synthesize
 
 RESULT_KEYS = {
     *("tok_per_s", "makespan_s", "num_forwards", "generated_tokens", "hit_rate", "hits", "misses", "promotions"),
@@ -19,7 +22,15 @@ RESULT_KEYS = {
 }
 
 Run = Callable[..., tuple[int, str, str]]
-SIMULATE = ("simulate", "--hardware", "rtx4090.yaml", "--trace", "llada2-tiny", "--model", "llada2.0-mini")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """`simulate` on a short trace of four MoE layers, at the sizes of a network with nineteen."""
+    path = tmp_path_factory.mktemp("traces") / "short.h5"
+    config = read_hf_config(find_shipped("models", "llada2-tiny"))
+    synthesize(config, path, model_name="llada2-tiny", num_sequences=2, prompt_tokens=40, gen_length=32)
+    return ("simulate", "--hardware", "rtx4090.yaml", "--trace", str(path), "--model", "llada2.0-mini")
 
 
 @pytest.fixture
@@ -47,8 +58,8 @@ def test_help_names_every_command(run: Run) -> None:
         assert run(command, "--help")[0] == 0
 
 
-def test_simulate_reports_every_key_and_parts_that_add_up(run: Run) -> None:
-    code, out, _ = run(*SIMULATE, "--policy", "tide", "--budget", 64, "--refresh-interval", 4, "--json")
+def test_simulate_reports_every_key_and_parts_that_add_up(run: Run, base: tuple[str, ...]) -> None:
+    code, out, _ = run(*base, "--policy", "tide", "--budget", 64, "--refresh-interval", 4, "--json")
     assert code == 0
     result = json.loads(out)
     assert set(result) >= RESULT_KEYS
@@ -56,21 +67,22 @@ def test_simulate_reports_every_key_and_parts_that_add_up(run: Run) -> None:
     assert set(result["busy_share"]) == set(RESOURCES)
     assert sum(result["breakdown_s"].values()) == pytest.approx(result["makespan_s"], rel=1e-12)
     assert result["model"] == "routing of llada2-tiny at the sizes of llada2.0-mini"
-    assert result["trace_origin"] == "recorded"
+    assert result["trace_origin"] == "synthetic"
     assert (result["budget"], result["refresh_interval"]) == (64, 4)
 
 
-def test_the_origin_of_the_trace_is_always_shown(run: Run) -> None:
+def test_the_origin_of_the_trace_is_always_shown(run: Run, base: tuple[str, ...]) -> None:
     code, out, _ = run("simulate", "--hardware", "rtx4090", "--policy", "static", "--budget", 16)
     assert code == 0
     assert "synthetic" in out
-    assert "recorded" in run(*SIMULATE, "--policy", "static", "--budget", 16)[1]
+    recorded = run("simulate", "--trace", "llada2-tiny", "--hardware", "rtx4090", "--policy", "static", "--budget", 16)
+    assert "recorded" in recorded[1]
 
 
-def test_decisions_and_timeline_are_written(run: Run, tmp_path: Path) -> None:
+def test_decisions_and_timeline_are_written(run: Run, tmp_path: Path, base: tuple[str, ...]) -> None:
     decisions, timeline = tmp_path / "d.jsonl", tmp_path / "t.json"
     code, out, _ = run(
-        *(*SIMULATE, "--policy", "lru", "--budget", 32, "--decisions", decisions, "--timeline", timeline, "--json")
+        *(*base, "--policy", "lru", "--budget", 32, "--decisions", decisions, "--timeline", timeline, "--json")
     )
     assert code == 0
     result = json.loads(out)
@@ -83,9 +95,9 @@ def test_decisions_and_timeline_are_written(run: Run, tmp_path: Path) -> None:
     assert max(e["ts"] + e["dur"] for e in events if e["ph"] == "X") <= result["makespan_s"] * 1e6 + 1e-3
 
 
-def test_context_follows_the_execution_unless_told(run: Run) -> None:
+def test_context_follows_the_execution_unless_told(run: Run, base: tuple[str, ...]) -> None:
     def context_of(*more: str) -> tuple[str, str]:
-        result = json.loads(run(*SIMULATE, "--policy", "static", "--budget", 32, "--json", *more)[1])
+        result = json.loads(run(*base, "--policy", "static", "--budget", 32, "--json", *more)[1])
         return result["execution"], result["context"]
 
     assert context_of() == ("overlapped", "block")
@@ -93,20 +105,20 @@ def test_context_follows_the_execution_unless_told(run: Run) -> None:
     assert context_of("--context", "full") == ("overlapped without KV cache", "full")
 
 
-def test_fewer_weight_bits_move_fewer_bytes(run: Run) -> None:
+def test_fewer_weight_bits_move_fewer_bytes(run: Run, base: tuple[str, ...]) -> None:
     options = ("--policy", "tide", "--budget", 48, "--json")
-    full, small = (json.loads(run(*SIMULATE, *options, "--weight-bits", bits)[1]) for bits in (16, 4))
+    full, small = (json.loads(run(*base, *options, "--weight-bits", bits)[1]) for bits in (16, 4))
     assert small["promotions"] == full["promotions"]
     assert small["h2d_bytes"] * 4 == full["h2d_bytes"]
 
 
-def test_without_a_budget_the_largest_that_fits_is_taken(run: Run) -> None:
-    fits = json.loads(run(*SIMULATE, "--policy", "static", "--json")[1])["budget"]
+def test_without_a_budget_the_largest_that_fits_is_taken(run: Run, base: tuple[str, ...]) -> None:
+    fits = json.loads(run(*base, "--policy", "static", "--json")[1])["budget"]
     assert 0 < fits < 256
-    code, _, err = run(*SIMULATE, "--policy", "static", "--budget", fits + 1)
+    code, _, err = run(*base, "--policy", "static", "--budget", fits + 1)
     assert code == 2
     assert f"largest budget that fits is {fits}" in err
-    assert run(*SIMULATE, "--policy", "static", "--budget", fits + 1, "--ignore-memory")[0] == 0
+    assert run(*base, "--policy", "static", "--budget", fits + 1, "--ignore-memory")[0] == 0
 
 
 @pytest.fixture
@@ -169,19 +181,21 @@ def test_a_bad_profile_names_file_field_and_rule(
         (("--policy", "all-device"), "GiB"),
     ],
 )
-def test_bad_input_is_one_clear_error_and_exit_code_2(run: Run, options: tuple[object, ...], said: str) -> None:
-    code, out, err = run(*SIMULATE, *options)
+def test_bad_input_is_one_clear_error_and_exit_code_2(
+    run: Run, options: tuple[object, ...], said: str, base: tuple[str, ...]
+) -> None:
+    code, out, err = run(*base, *options)
     assert code == 2
     assert not out
     assert said in err
     assert "Traceback" not in err
 
 
-def test_a_trace_cut_in_half_is_refused_with_the_way_out(run: Run, tmp_path: Path) -> None:
+def test_a_trace_cut_in_half_is_refused_with_the_way_out(run: Run, tmp_path: Path, base: tuple[str, ...]) -> None:
     whole = find_shipped("traces", "llada2-tiny", ".h5").read_bytes()
     cut = tmp_path / "cut.h5"
     cut.write_bytes(whole[: len(whole) // 2])
-    for words in (("inspect", cut), (*SIMULATE, "--trace", cut, "--policy", "static", "--budget", 8)):
+    for words in (("inspect", cut), (*base, "--trace", cut, "--policy", "static", "--budget", 8)):
         code, out, err = run(*words)
         assert code == 2
         assert not out
@@ -244,3 +258,35 @@ def test_a_missing_engine_says_what_to_install(run: Run, tmp_path: Path, monkeyp
     code, _, err = run("trace", "--out", tmp_path / "t.h5")
     assert code == 2
     assert "tidesim[engine]" in err
+
+
+def test_plan_prints_and_saves_what_to_use(run: Run, base: tuple[str, ...], tmp_path: Path) -> None:
+    out_file = tmp_path / "plan.json"
+    words = ("plan", *base[1:], "--out", out_file, "--workers", 1)
+    code, out, _ = run(*words, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert {"chosen", "predicted", "baselines", "gap", "solver", "held_out", "solve_s"} <= set(document)
+    assert set(document["predicted"]) >= RESULT_KEYS
+    loaded = Plan.load(out_file)
+    assert loaded.policy == document["chosen"]["policy"]
+    first = out_file.read_bytes()
+    code, out, _ = run(*words)
+    assert code == 0
+    assert out_file.read_bytes() == first
+    for said in ("synthetic", "tok/s", "this plan", "static", "all-host", "jump_steps"):
+        assert said in out
+
+
+def test_a_plan_that_cannot_be_made_says_why(run: Run, base: tuple[str, ...], tmp_path: Path) -> None:
+    for words, said in (
+        (("--reserve-gib", 23), "GiB"),
+        (("--held-out-share", 1.5), "held_out_share"),
+        (("--hardware", "rtx4060-laptop", "--model", "llada2.0-flash"), "GiB"),
+        (("--out", tmp_path / "no" / "plan.json"), "plan.json"),
+    ):
+        code, out, err = run("plan", *base[1:], "--workers", 1, *words)
+        assert code == 2
+        assert not out
+        assert said in err
+        assert "Traceback" not in err

@@ -259,9 +259,7 @@ def _ranking(document: Document) -> Table:
     table = _table("Predicted throughput, with as many experts on the device", left=("",), right=right)
     plan_s = document["predicted"]["tok_per_s"]
     best = scored["tok_per_s"] if scored else None
-    table.add_row(
-        "this plan", "", f"{plan_s:.2f}", _rate(scored), "", f"{100 * document['predicted']['hit_rate']:.1f} %"
-    )
+    table.add_row("this plan", f"{plan_s:.2f}", _rate(scored), "", f"{100 * document['predicted']['hit_rate']:.1f} %")
     for run in document["baselines"]:
         other = held_out.get(run["baseline"])
         ours, theirs = (best, other["tok_per_s"]) if best and other else (plan_s, run["tok_per_s"])
