@@ -28,12 +28,12 @@ $(VENV)/engine.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tidesim needs Python 3.11 or newer; set PYTHON=")'
 	@echo "setting up $(VENV), once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[engine]'
 	@touch $@
 
 $(VENV)/dev.ready: $(VENV)/engine.ready
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[engine,dev]'
 	@touch $@
 
 clean:
