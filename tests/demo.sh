@@ -8,6 +8,5 @@ say() { printf '\n$ tidesim %s\n' "$*"; "$BIN/tidesim" "$@"; }
 say trace --model llada2-tiny --limit 1 --gen-length 64 --show-text --overwrite --out "$RUNS/one.h5"
 say trace --model llada2-tiny --gen-length 96 --overwrite --out "$RUNS/trace.h5"
 say inspect "$RUNS/trace.h5"
-say simulate --trace "$RUNS/trace.h5" --model llada2.0-mini --hardware rtx4090.yaml --policy lru --budget 96
 say simulate --trace "$RUNS/trace.h5" --model llada2.0-mini --hardware rtx4090.yaml --policy tide --budget 96
 say plan --trace "$RUNS/trace.h5" --model llada2.0-mini --hardware rtx4090.yaml --out "$RUNS/plan.json"
