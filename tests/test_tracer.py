@@ -19,7 +19,7 @@ from engine_cases import SMALL, small_network
 
 from tidesim.engine.checkpoint import save_network
 from tidesim.engine.generate import Sampler
-from tidesim.engine.tokenizer import Prompt
+from tidesim.engine.tokenizer import Prompt, read_prompts
 from tidesim.engine.tracer import record
 from tidesim.errors import InputError, ModelError, TraceError
 from tidesim.shipped import shipped_folder
@@ -133,3 +133,29 @@ def _finished(out: Path) -> int:
             return len(trace.sequences)
     except TraceError:
         return 0
+
+
+def test_the_tiny_model_answers_the_same_with_and_without_cache(tmp_path: Path) -> None:
+    prompts = read_prompts(None, 3, is_chat=False)
+    tokens, counts = [], []
+    for kv_cache in (True, False):
+        out = tmp_path / f"{kv_cache}.h5"
+        record(TINY, prompts, Sampler(gen_length=64, kv_cache=kv_cache), out, dtype=torch.float32)
+        with Trace.open(out) as trace:
+            tokens.append([trace.tokens(sequence).tolist() for sequence in range(len(prompts))])
+            counts.append(trace.workload("full").counts)
+    assert tokens[0] == tokens[1]
+    assert max(map(len, tokens[0])) > 64
+    # A near-tie between two experts may fall either way where matrices have other shapes; anything more is a fault.
+    assert np.abs(counts[0] - counts[1]).sum() <= 1e-4 * counts[0].sum()
+
+
+def test_the_tiny_model_takes_several_steps_a_block_and_varies_its_tokens() -> None:
+    with Trace.open("llada2-tiny") as trace:
+        assert trace.origin == "recorded"
+        steps = np.bincount(trace.forwards["block"][trace.forwards["kind"] == ForwardKind.DENOISE])
+        assert steps.max() > len(trace.sequences)
+        answers = [trace.tokens(i)[row["prompt_tokens"] :] for i, row in enumerate(trace.sequences)]
+    drawn = np.concatenate(answers)
+    assert np.bincount(drawn).max() < 0.25 * len(drawn)
+    assert len(np.unique(drawn)) > 80
