@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tidesim.engine.checkpoint import ExpertStorage, load_network
+from tidesim.engine.checkpoint import Checkpoint, ExpertStorage, load_network
 from tidesim.engine.generate import Sampler, generate
 from tidesim.engine.tokenizer import Prompt, TextCodec
 from tidesim.errors import InputError
@@ -57,6 +57,7 @@ def record(
     Raise ModelError for an unusable folder, TraceError if `out` exists and `overwrite` is not set, and InputError for
     a prompt that cannot be answered; what was finished before stays in the file.
     """
+    Checkpoint(folder)  # a folder without weights is said to be one before anything else is found missing
     codec = TextCodec(folder)
     encoded = [codec.encode(prompt) for prompt in prompts]
     for number, ids in enumerate(encoded):
