@@ -87,7 +87,7 @@ _PUBLISHED = {
     "distinct_experts": "65.9 to 71.5 (dMoE, arXiv 2605.30876)",
     "distinct_experts_sd": "10 to 12 (dMoE, layer 10)",
     "kept_share": "0.77 (0.82 for SDAR-30B-A3B, dMoE)",
-    "shared_experts_masked": "3.3 to 3.5 (refineserve)",
+    "shared_experts": "3.3 to 3.5, both still masked (refineserve)",
     "accepted_per_step": "2.55; 1.24 to 5.16 by task (LLaDA2.0/2.1)",
     "forwards_per_block_mean": "12.5; 6 to 26 by task",
     "single_step_share": "about 0.5 (small sample)",
