@@ -1,6 +1,33 @@
-"""Settings for the whole test run."""
+"""Settings for the whole test run, and a recording that several modules read."""
 
 import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hand_made import decode, writer
+
+from tidesim.trace import SequenceRouting
 
 # Tests of small tensors gain nothing from a thread pool, and lose much where another process keeps a core busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def sequence(rng: np.random.Generator) -> SequenceRouting:
+    return decode(rng, prompt_tokens=9, steps=[2, 3])[0]
+
+
+@pytest.fixture
+def path(tmp_path: Path, sequence: SequenceRouting) -> Path:
+    """A trace of two sequences."""
+    file = tmp_path / "trace.h5"
+    with writer(file) as out:
+        out.append(sequence)
+        out.append(sequence)
+    return file

@@ -18,25 +18,6 @@ from tidesim.trace import SequenceRouting, Trace
 from tidesim.trace_format import ATTRIBUTES, DATASETS, FORWARDS, SEQUENCES
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
-def sequence(rng: np.random.Generator) -> SequenceRouting:
-    return decode(rng, prompt_tokens=9, steps=[2, 3])[0]
-
-
-@pytest.fixture
-def path(tmp_path: Path, sequence: SequenceRouting) -> Path:
-    file = tmp_path / "trace.h5"
-    with writer(file) as out:
-        out.append(sequence)
-        out.append(sequence)
-    return file
-
-
 def refusal(path: Path) -> str:
     with pytest.raises(TraceError) as caught, Trace.open(path):
         pass

@@ -14,25 +14,6 @@ from tidesim.errors import TraceError
 from tidesim.trace import SequenceRouting, Trace, Workload
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
-def sequence(rng: np.random.Generator) -> SequenceRouting:
-    return decode(rng, prompt_tokens=9, steps=[2, 3])[0]
-
-
-@pytest.fixture
-def path(tmp_path: Path, sequence: SequenceRouting) -> Path:
-    file = tmp_path / "trace.h5"
-    with writer(file) as out:
-        out.append(sequence)
-        out.append(sequence)
-    return file
-
-
 def assert_same(left: Workload, right: Workload) -> None:
     for name in Workload.__dataclass_fields__:
         if name != "fingerprint":

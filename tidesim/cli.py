@@ -15,10 +15,11 @@ import typer
 
 from tidesim import console
 from tidesim.errors import InputError
-from tidesim.execution import EXECUTIONS, Execution, execution, largest_budget
+from tidesim.execution import EXECUTIONS, GIB, Execution, execution, largest_budget
 from tidesim.hardware import Hardware, load_hardware
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
 from tidesim.planner import plan as make_plan
+from tidesim.planner.runs import REFRESHING
 from tidesim.policies import POLICIES, Policy, policy
 from tidesim.report import save_timeline
 from tidesim.result import Decision, Interval, tool_version
@@ -26,7 +27,7 @@ from tidesim.shipped import find_shipped
 from tidesim.simulator import simulate as run_simulation
 from tidesim.statistics import trace_statistics
 from tidesim.synthesize import synthesize as write_synthetic
-from tidesim.trace import Context, Trace, Workload
+from tidesim.trace import Trace, Workload
 
 DEFAULT_TRACE = "llada2.0-mini-synthetic.h5"
 DEFAULT_INTERVAL = 4
@@ -300,7 +301,7 @@ def _engine() -> Iterator[None]:
 def _execution(name: str, context: ContextChoice | None) -> Execution:
     """The preset `name`; `--context` overrides whether it keeps a KV cache, and the name then says so."""
     how = execution(name)
-    if context is None or how.kv_cache == (context is ContextChoice.BLOCK):
+    if context is None or context == how.context:
         return how
     is_cached = not how.kv_cache
     return replace(how, name=f"{how.name} {'with' if is_cached else 'without'} KV cache", kv_cache=is_cached)
@@ -308,10 +309,9 @@ def _execution(name: str, context: ContextChoice | None) -> Execution:
 
 def _workload(trace_name: str, model: str | None, how: Execution, weight_bits: int) -> tuple[Workload, MoEConfig]:
     """The trace's workload, tiled to the layers of the model whose sizes are used, and those sizes."""
-    context: Context = "block" if how.kv_cache else "full"
     with Trace.open(trace_name) as opened:
-        workload, sizes = opened.workload(context), _sizes(opened, model, weight_bits)
-    return (workload if workload.num_layers == sizes.num_layers else workload.tiled(sizes.num_layers)), sizes
+        sizes = _sizes(opened, model, weight_bits)
+        return opened.workload(how.context).tiled(sizes.num_layers), sizes
 
 
 def _sizes(opened: Trace, model: str | None, weight_bits: int) -> MoEConfig:
@@ -325,7 +325,7 @@ def _policy(name: str, refresh_interval: int | None, workload: Workload) -> Poli
         params["popularity"] = workload.counts.sum(axis=0)
     if refresh_interval is not None:
         params["refresh_interval"] = refresh_interval
-    elif name.startswith("tide"):
+    elif name in REFRESHING:
         params["refresh_interval"] = DEFAULT_INTERVAL
     return policy(name, **params)
 
@@ -350,7 +350,7 @@ def _numbers(text: str, name: str) -> int | list[int]:
 def _reserve_bytes(reserve_gib: float | None) -> int | None:
     if reserve_gib is not None and not 0 <= reserve_gib < 1e6:
         raise InputError(f"reserve-gib(={reserve_gib}) must be >= 0.")
-    return None if reserve_gib is None else round(reserve_gib * 2**30)
+    return None if reserve_gib is None else round(reserve_gib * GIB)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tidesim.execution import GIB
 from tidesim.result import PARTS
 
 Document = Mapping[str, Any]
@@ -295,10 +296,8 @@ def _memory(memory: Document, chosen: Document) -> str:
         "transient": memory["transient"],
         "reserve": memory["reserve"],
     }
-    listed = " + ".join(f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in parts.items())
-    return (
-        f"{listed} = {sum(parts.values()) / 2**30:.2f} GiB of {chosen['hardware']['device_memory_bytes'] / 2**30:.2f}"
-    )
+    listed = " + ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in parts.items())
+    return f"{listed} = {sum(parts.values()) / GIB:.2f} GiB of {chosen['hardware']['device_memory_bytes'] / GIB:.2f}"
 
 
 def _tide(tide: Document) -> str:

@@ -4,6 +4,9 @@ Everything tidesim raises on purpose derives from `TidesimError`. What the user 
 name) is an `InputError`; the command line turns it into one line and exit code 2.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class TidesimError(Exception):
     """Base class of every error that tidesim raises on purpose."""
@@ -31,3 +34,10 @@ class BudgetError(InputError):
 
 class PlanError(InputError):
     """No plan satisfies what was asked for, or a plan does not fit the model or machine it is used on."""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """The way out of an unknown `name`: the nearest of those that are `known`, or all of them if none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}."

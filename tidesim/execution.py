@@ -12,7 +12,6 @@ operations over rate. Launches are asynchronous, so launching the kernels of a p
 them. Letters: L MoE layers, T rows routed in a forward, E experts.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,10 +19,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.errors import BudgetError, InputError
+from tidesim.errors import BudgetError, InputError, nearest_name
 from tidesim.hardware import Hardware, Link
 from tidesim.moe import MoEConfig
 from tidesim.residency import check_budgets, per_layer
+from tidesim.workload import Context
 
 Ints = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int32] | npt.NDArray[np.int64]
@@ -71,6 +71,11 @@ class Execution:
     ops_per_dense_layer: int
     ops_per_expert: int
     ops_per_forward: int
+
+    @property
+    def context(self) -> Context:
+        """Context of the workloads that this engine runs: with a KV cache a forward routes just its own block."""
+        return "block" if self.kv_cache else "full"
 
 
 # Ops counted in github.com/ims-kdks/TIDE, model/modeling_llada2_moe.py, as one per kernel that PyTorch launches
@@ -139,9 +144,7 @@ def execution(name: str) -> Execution:
     'background'
     """
     if name not in EXECUTIONS:
-        near = difflib.get_close_matches(name, EXECUTIONS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(EXECUTIONS)}."
-        raise InputError(f"no execution {name!r}; {hint}")
+        raise InputError(f"no execution {name!r}; {nearest_name(name, EXECUTIONS)}")
     return EXECUTIONS[name]
 
 

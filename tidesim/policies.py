@@ -12,7 +12,6 @@ Each class states its source, whether it is as published or as coded, and its ti
 E experts per layer. τ is the refresh interval.
 """
 
-import difflib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.errors import BudgetError, InputError
+from tidesim.errors import BudgetError, InputError, nearest_name
 from tidesim.residency import NO_MOVES, Moves, Placement, per_layer
 from tidesim.workload import ForwardKind
 
@@ -111,9 +110,7 @@ def policy(name: str, **params: object) -> Policy:
     4
     """
     if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(POLICIES)}."
-        raise InputError(f"no policy {name!r}; {hint}")
+        raise InputError(f"no policy {name!r}; {nearest_name(name, POLICIES)}")
     # A class without an __init__ of its own shows the catch-all one that typing gives a Protocol.
     signature = inspect.signature(POLICIES[name]).parameters.values()
     accepted = {param.name: param.default for param in signature if param.kind == param.POSITIONAL_OR_KEYWORD}

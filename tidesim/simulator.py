@@ -121,11 +121,10 @@ def _check_fit(workload: Workload, model: MoEConfig, execution: Execution) -> No
     num_rows = workload.tokens[:, None]
     if (workload.counts.sum(axis=2) != num_rows * model.top_k).any() or (workload.counts.max(axis=2) > num_rows).any():
         raise InputError("the counts of the workload do not fit its tokens and top-k; build it with Trace.workload().")
-    needed = "block" if execution.kv_cache else "full"
-    if workload.context != needed:
+    if workload.context != execution.context:
         raise InputError(
             f"execution {execution.name!r} {'keeps a' if execution.kv_cache else 'has no'} KV cache; "
-            f"it needs a workload with context {needed!r}, not {workload.context!r}."
+            f"it needs a workload with context {execution.context!r}, not {workload.context!r}."
         )
 
 

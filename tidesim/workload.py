@@ -91,6 +91,8 @@ class Workload:
         """
         if num_layers < 1:
             raise ValueError(f"num_layers(={num_layers}) must be >= 1.")
+        if num_layers == self.num_layers:
+            return self
         return replace(self, counts=self.counts[:, np.arange(num_layers) % self.num_layers])
 
 

@@ -78,13 +78,16 @@ class Generation:
     def sequence_routing(self, has_weights: bool = False) -> SequenceRouting:
         """All of it as one record of a trace."""
         ids = [torch.stack([layer.expert_ids for layer in forward], dim=1) for forward in self.routings]  # [T, L, K]
-        weights = [torch.stack([layer.expert_weights for layer in forward], dim=1) for forward in self.routings]
+        weights = None
+        if has_weights:
+            stacked = [torch.stack([layer.expert_weights for layer in forward], dim=1) for forward in self.routings]
+            weights = _to_numpy(torch.cat(stacked), torch.float16)
         return SequenceRouting(
             prompt_ids=np.array(self.prompt_ids, dtype=np.int32),
             generated_ids=np.array(self.tokens, dtype=np.int32),
             forwards=self.forwards,
             expert_ids=_to_numpy(torch.cat(ids), torch.int16),
-            weights=_to_numpy(torch.cat(weights), torch.float16) if has_weights else None,
+            weights=weights,
         )
 
 

@@ -31,10 +31,11 @@ from torch.nn import functional
 
 from tidesim.engine.checkpoint import save_network
 from tidesim.engine.model import LLaDA2, NetworkConfig, StackedExperts
+from tidesim.engine.tokenizer import END_TOKEN, MASK_TOKEN
 from tidesim.moe import read_hf_config
 from tidesim.shipped import find_shipped
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|startoftext|>", "<|mask|>", "<role>", "</role>", "<|role_end|>")
+SPECIAL_TOKENS = (END_TOKEN, "<|startoftext|>", MASK_TOKEN, "<role>", "</role>", "<|role_end|>")
 BLOCK_LENGTH = 32
 WINDOW = 256  # tokens of one training sequence: eight blocks
 BIAS_RATE = 1e-3
@@ -76,7 +77,7 @@ def load_corpus(out: Path, vocab_size: int) -> tuple[Tokenizer, NDArray[np.int64
     if not saved.exists():
         train_tokenizer(iter(trained), vocab_size).save(str(saved))
     tokenizer = Tokenizer.from_file(str(saved))
-    end = tokenizer.token_to_id(SPECIAL_TOKENS[0])
+    end = tokenizer.token_to_id(END_TOKEN)
 
     def joined(parts: list[str]) -> NDArray[np.int64]:
         encoded = tokenizer.encode_batch_fast(parts, add_special_tokens=False)
@@ -213,15 +214,8 @@ def main(
         moe.experts = StackedExperts(config)
     initialise(network, seed)
     optimizer = make_optimizer(network, peak)
-    state_file, first = out / "state.pt", 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        print(f"resumed at step {first}", flush=True)
-
-    objective = Objective(network, SPECIAL_TOKENS.index("<|mask|>"))
+    first = resume(out / "state.pt", network, optimizer)
+    objective = Objective(network, SPECIAL_TOKENS.index(MASK_TOKEN))
     began, losses, load_sum = time.perf_counter(), [], [torch.zeros(config.num_experts) for _ in network.moe_layers]
     for step in range(first, steps):
         for group in optimizer.param_groups:
@@ -240,16 +234,30 @@ def main(
             report(step + 1, losses, load_sum, len(losses) * batch * WINDOW / (time.perf_counter() - began))
             if (step + 1) % (10 * every) == 0 or step + 1 == steps:
                 print(f"    held-out {held_out_loss(objective, held_out, 64):.3f} nats", flush=True)
-            temporary = out / "state.tmp"
-            torch.save(
-                {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, temporary
-            )
-            temporary.replace(state_file)
+            keep(out / "state.pt", network, optimizer, step + 1)
             began, losses, load_sum = time.perf_counter(), [], [torch.zeros_like(total) for total in load_sum]
     save_network(network, hf_config, out / "model", torch.bfloat16)
     tokenizer.save(str(out / "model" / "tokenizer.json"))
     final = held_out_loss(objective, held_out, 512)
     print(f"held-out {final:.3f} nats against a unigram baseline of {unigram:.3f}", flush=True)
+
+
+def resume(file: Path, network: LLaDA2, optimizer: torch.optim.Optimizer) -> int:
+    """Load the checkpoint `file`, if there is one; the number of steps that are done."""
+    if not file.exists():
+        return 0
+    state = torch.load(file, weights_only=True)
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"resumed at step {state['step']}", flush=True)
+    return int(state["step"])
+
+
+def keep(file: Path, network: LLaDA2, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write the checkpoint `file`; one that a killed run left half written never takes its place."""
+    temporary = file.with_suffix(".tmp")
+    torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
+    temporary.replace(file)
 
 
 def report(step: int, losses: list[float], load_sum: list[Tensor], tokens_per_s: float) -> None:

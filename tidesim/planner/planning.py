@@ -146,8 +146,7 @@ def plan(
 
 
 def _load(trace: Trace, model: MoEConfig, execution: Execution, sequences: Sequence[int]) -> Workload:
-    workload = trace.workload("block" if execution.kv_cache else "full", sequences)
-    return workload if workload.num_layers == model.num_layers else workload.tiled(model.num_layers)
+    return trace.workload(execution.context, sequences).tiled(model.num_layers)
 
 
 def _popularity(workload: Workload, sequences: Sequence[int]) -> npt.NDArray[np.int64]:
