@@ -96,8 +96,27 @@ def load_network(
 
     Raise ModelError for a folder without weights, or with a tensor that is missing, misshapen or beyond the config.
     """
-    config = NetworkConfig.from_hf(read_hf_config(folder))
     checkpoint = Checkpoint(folder)
+    network = load_without_experts(checkpoint, dtype, device)
+    config, dtype = network.config, network.norm.weight.dtype
+    is_stacked = experts == "stacked" or (experts == "auto" and _experts_fit(config, dtype))
+    for layer, moe in zip(
+        range(config.first_k_dense_replace, config.num_hidden_layers), network.moe_layers, strict=True
+    ):
+        weights = expert_weights(checkpoint, config, layer)
+        moe.experts = _stack(config, weights, dtype, device) if is_stacked else MappedExperts(weights)
+    return network
+
+
+def load_without_experts(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> LLaDA2:
+    """The same network but for its routed experts, which are left for the caller to set.
+
+    Raise ModelError as `load_network` does.
+    """
+    folder = checkpoint.folder
+    config = NetworkConfig.from_hf(read_hf_config(folder))
     extra = checkpoint.layers_beyond(config.num_hidden_layers)
     if extra:
         raise ModelError(
@@ -115,12 +134,23 @@ def load_network(
         for name, tensor in network.state_dict().items()
     }
     network.load_state_dict(state, assign=True)
-    is_stacked = experts == "stacked" or (experts == "auto" and _experts_fit(config, dtype))
-    for layer, moe in zip(
-        range(config.first_k_dense_replace, config.num_hidden_layers), network.moe_layers, strict=True
-    ):
-        weights = _expert_weights(checkpoint, config, f"model.layers.{layer}.mlp.experts")
-        moe.experts = _stack(config, weights, dtype, device) if is_stacked else MappedExperts(weights)
+    return network.eval().requires_grad_(False)
+
+
+def random_without_experts(config: NetworkConfig, dtype: torch.dtype, rng: torch.Generator) -> LLaDA2:
+    """A network of random weights but for its routed experts, scaled so that activations stay of one size."""
+    with torch.device("meta"):
+        network = LLaDA2(config)
+    network.rotary = type(network.rotary)(config)
+    state = {}
+    for name, tensor in network.state_dict().items():
+        if name.endswith("expert_bias"):
+            state[name] = torch.zeros(tensor.shape)
+        elif tensor.dim() == 1:
+            state[name] = torch.ones(tensor.shape, dtype=dtype)
+        else:
+            state[name] = torch.empty(tensor.shape, dtype=dtype).normal_(0, tensor.shape[-1] ** -0.5, generator=rng)
+    network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
 
@@ -147,7 +177,12 @@ def _named_tensors(network: LLaDA2, dtype: torch.dtype) -> Iterator[tuple[str, T
                 yield f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight", weight.cpu().contiguous()
 
 
-def _expert_weights(checkpoint: Checkpoint, config: NetworkConfig, prefix: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+def expert_weights(checkpoint: Checkpoint, config: NetworkConfig, layer: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Gate, up and down of every expert of `layer` (counted from the first of all layers), mapped from their files.
+
+    Raise ModelError for a tensor that is missing or misshapen.
+    """
+    prefix = f"model.layers.{layer}.mlp.experts"
     E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
     shapes = dict(zip(_MATRICES, ((width, D), (width, D), (D, width)), strict=True))
     if f"{prefix}.gate_proj" in checkpoint:  # merged: one stack per matrix

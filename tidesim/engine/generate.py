@@ -14,7 +14,7 @@ step makes progress and no mask is left in the text. Positions are masked by pla
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,19 @@ class Sampler:
         return asdict(self)
 
 
+class Watcher(Protocol):
+    """Who wants to know which forward is running; the words are those of `ForwardRouting`."""
+
+    def begin_sequence(self) -> None:
+        """The forwards from now on belong to a new sequence."""
+
+    def begin(self, kind: ForwardKind, block: int, step: int, is_first_block: bool, tokens: int) -> None:
+        """A forward begins that routes `tokens` rows."""
+
+    def end(self) -> None:
+        """That forward is done, its sampling included."""
+
+
 @dataclass(slots=True)
 class Generation:
     """What one prompt gave: the tokens of the answer, and every forward with the routing of its rows."""
@@ -100,10 +113,12 @@ def generate(
     end_id: int,
     rng: torch.Generator | None = None,
     on_block: Callable[[list[int]], None] | None = None,
+    watcher: Watcher | None = None,
 ) -> Generation:
     """Answer one prompt.
 
-    `rng` is drawn from only at a temperature above 0. `on_block` is called after each block with the answer so far.
+    `rng` is drawn from only at a temperature above 0. `on_block` is called after each block with the answer so far,
+    `watcher` is told of every forward.
     Raise InputError for an empty prompt, a mask token in it (it would be overwritten), or ids outside the vocabulary.
     """
     prompt = list(prompt_ids)
@@ -114,7 +129,18 @@ def generate(
     if not 0 <= min(prompt) <= max(prompt) < network.config.vocab_size:
         raise InputError(f"prompt ids must be in 0..{network.config.vocab_size - 1}.")
     with torch.inference_mode():
-        return _Decoder(network, prompt, sampler, mask_id, end_id, rng).run(on_block)
+        return _Decoder(network, prompt, sampler, mask_id, end_id, rng, watcher).run(on_block)
+
+
+def propose(logits: Tensor, temperature: float = 0.0, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Token and confidence of each row. logits [B, V] -> [B], [B]. The confidence is the token's probability."""
+    if temperature > 0:
+        probabilities = torch.softmax(logits / temperature, dim=-1)
+        tokens = torch.multinomial(probabilities, 1, generator=rng)[:, 0]
+    else:
+        probabilities = torch.softmax(logits, dim=-1)
+        tokens = probabilities.argmax(dim=-1)
+    return tokens, probabilities.gather(1, tokens[:, None])[:, 0]
 
 
 class _Decoder:
@@ -128,8 +154,10 @@ class _Decoder:
         mask_id: int,
         end_id: int,
         rng: torch.Generator | None,
+        watcher: Watcher | None,
     ) -> None:
         self.network, self.sampler, self.mask_id, self.end_id, self.rng = network, sampler, mask_id, end_id, rng
+        self.watcher = watcher
         self.block_length = sampler.block_length
         self.num_prompt = len(prompt)
         self.num_blocks = -(-(len(prompt) + sampler.gen_length) // self.block_length)
@@ -139,12 +167,14 @@ class _Decoder:
         self.canvas[: len(prompt)] = torch.tensor(prompt, device=device)
         self.positions = torch.arange(size, device=device)
         self.mask = block_causal_mask(size, self.block_length, device)
-        self.cache = KVCache(network.config, size, network.word_embeddings.weight) if sampler.kv_cache else None
+        self.cache = KVCache(network.config, size, network.norm.weight) if sampler.kv_cache else None
         self.generation = Generation(prompt)
         self.began_ns = 0
 
     def run(self, on_block: Callable[[list[int]], None] | None) -> Generation:
         first = self.num_prompt // self.block_length
+        if self.watcher is not None:
+            self.watcher.begin_sequence()
         if self.cache is not None and first > 0:
             self._forward(first, 0, ForwardKind.PREFILL, 0, first * self.block_length)
             self.cache.length = first * self.block_length
@@ -169,24 +199,15 @@ class _Decoder:
         while bool(is_masked.any()):
             first_row = start if self.cache is not None else 0
             hidden = self._forward(block, step, ForwardKind.DENOISE, first_row, stop, int(is_masked.sum()))
-            tokens, confidences = self._propose(self.network.logits(hidden[-self.block_length :]))
+            logits = self.network.logits(hidden[-self.block_length :])
+            logits[:, self.mask_id] = float("-inf")
+            tokens, confidences = propose(logits, self.sampler.temperature, self.rng)
             accepted = self._accept(confidences.masked_fill(~is_masked, float("-inf")), self.sampler.quota(step))
             self.canvas[start:stop] = torch.where(accepted, tokens, self.canvas[start:stop])
             is_masked &= ~accepted
             self._finish_step(num_accepted=int(accepted.sum()))
             step += 1
         return step
-
-    def _propose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Token and confidence of each row. logits [B, V] -> [B], [B]. The confidence is the token's probability."""
-        logits[:, self.mask_id] = float("-inf")
-        if self.sampler.temperature > 0:
-            probabilities = torch.softmax(logits / self.sampler.temperature, dim=-1)
-            tokens = torch.multinomial(probabilities, 1, generator=self.rng)[:, 0]
-        else:
-            probabilities = torch.softmax(logits, dim=-1)
-            tokens = probabilities.argmax(dim=-1)
-        return tokens, probabilities.gather(1, tokens[:, None])[:, 0]
 
     def _accept(self, confidences: Tensor, quota: int) -> Tensor:
         """Which positions [B] to accept: all above the threshold, or the `quota` best if those are fewer."""
@@ -199,6 +220,8 @@ class _Decoder:
 
     def _forward(self, block: int, step: int, kind: ForwardKind, start: int, stop: int, num_masked: int = 0) -> Tensor:
         """Run the network on canvas[start:stop], record it, and return its hidden states [T, D]."""
+        if self.watcher is not None:
+            self.watcher.begin(kind, block, step, block == self.num_prompt // self.block_length, stop - start)
         self.began_ns = time.perf_counter_ns()
         context = self.cache.length if self.cache is not None else 0
         # Behind a cache a block sees all of itself and everything finished: no mask is needed, nor for a lone block.
@@ -230,6 +253,8 @@ class _Decoder:
         if self.canvas.device.type != "cpu":
             torch.accelerator.synchronize(self.canvas.device)
         wall_ns = time.perf_counter_ns() - self.began_ns
+        if self.watcher is not None:
+            self.watcher.end()
         last = self.generation.forwards[-1]
         self.generation.forwards[-1] = replace(last, accepted_tokens=num_accepted, wall_ns=wall_ns)
 

@@ -1,0 +1,216 @@
+"""The live engine: the same text wherever experts live, and the very decisions that the simulator makes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from engine_cases import SMALL, small_network
+
+from tidesim.engine.checkpoint import save_network
+from tidesim.engine.emulated import Pace
+from tidesim.engine.generate import Generation, Sampler, generate
+from tidesim.engine.live import DeviceSettings, LiveModel, engine_execution, open_model
+from tidesim.engine.offload import Offload
+from tidesim.errors import InputError
+from tidesim.execution import EXECUTIONS, Execution
+from tidesim.hardware import Link, load_hardware
+from tidesim.policies import ForwardInfo, Policy, Shape, policy
+from tidesim.residency import Moves, Placement
+from tidesim.result import Decision
+from tidesim.simulator import simulate
+from tidesim.trace import Trace, TraceWriter
+
+B, MASK, END = 8, 2, 0
+E, L = SMALL.num_experts, SMALL.num_hidden_layers - SMALL.first_k_dense_replace
+HF_CONFIG = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__} | {"block_length": B}
+POPULARITY = np.random.default_rng(0).integers(1, 100, (L, E))
+PROMPTS = [[11, 50, 70, 33, 90], list(range(20, 39))]
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "all-host": lambda: policy("all-host"),
+    "static": lambda: policy("static", popularity=POPULARITY),
+    "lru": lambda: policy("lru"),
+    "tide, every step": lambda: policy("tide", refresh_interval=1),
+    "tide, every third": lambda: policy("tide", refresh_interval=3),
+    "tide-as-coded, every second": lambda: policy("tide-as-coded", refresh_interval=2),
+    "tide-as-coded, by layer": lambda: policy("tide-as-coded", refresh_interval=(1, 4)),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "small"
+    save_network(small_network(seed=7), HF_CONFIG, folder, torch.bfloat16)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["cpu", "emulated"])
+def live(request: pytest.FixtureRequest, folder: Path) -> Iterator[LiveModel]:
+    """Unpaced, and paced to a link so slow that copies are still under way when the next layers run."""
+    paced = Pace(weights=Link(bytes_per_s=20e6, latency_s=1e-5)) if request.param == "emulated" else Pace()
+    with open_model(folder, DeviceSettings(device=request.param, pace=paced)) as opened:
+        yield opened
+
+
+def answers(
+    live: LiveModel, offload: Offload | None = None, prompts: Sequence[list[int]] = PROMPTS, **settings: Any
+) -> list[Generation]:
+    sampler = Sampler(**{"block_length": B, "steps": B, "gen_length": 14, "threshold": 0.2, **settings})
+    return [generate(live.network, prompt, sampler, mask_id=MASK, end_id=END, watcher=offload) for prompt in prompts]
+
+
+def run(
+    live: LiveModel, made: Policy, budget: int | Sequence[int], execution: Execution, **settings: Any
+) -> tuple[list[Generation], list[Decision], Offload]:
+    decisions: list[Decision] = []
+    budgets = [budget] * L if isinstance(budget, int) else budget
+    with live.start(made, budgets, execution, decisions.append) as offload:
+        return answers(live, offload, kv_cache=execution.kv_cache, **settings), decisions, offload
+
+
+@pytest.fixture(scope="module")
+def expected(live: LiveModel) -> list[Generation]:
+    """What the model says with every expert on the device."""
+    return run(live, policy("all-device"), E, EXECUTIONS["overlapped"])[0]
+
+
+def executions() -> list[Execution]:
+    own = EXECUTIONS["overlapped"]
+    changes: list[dict[str, Any]] = [{}, {"copies": "blocking"}, {"host": "serial"}, {"kv_cache": False}]
+    return [Execution(**{name: getattr(own, name) for name in own.__dataclass_fields__} | change) for change in changes]
+
+
+@pytest.mark.parametrize("execution", executions(), ids=["background", "blocking", "serial", "uncached"])
+@pytest.mark.parametrize("made", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("budget", [2, (5, 30)], ids=str)
+def test_text_never_depends_on_where_experts_live_and_decisions_are_the_simulators(
+    live: LiveModel,
+    expected: list[Generation],
+    tmp_path: Path,
+    made: Callable[[], Policy],
+    budget: int | Sequence[int],
+    execution: Execution,
+) -> None:
+    found, decisions, offload = run(live, made(), budget, execution)
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    if execution.kv_cache:
+        # With a cache the forwards are the same ones, and then so is every routed weight, to the last bit.
+        for one, other in zip(found, expected, strict=True):
+            for layers, others in zip(one.routings, other.routings, strict=True):
+                assert all(torch.equal(a.expert_weights, b.expert_weights) for a, b in zip(layers, others, strict=True))
+    with TraceWriter(
+        tmp_path / "live.h5",
+        config=HF_CONFIG,
+        model_name="small",
+        block_length=B,
+        sampler={},
+        seed=0,
+        origin="recorded",
+        kv_cache=execution.kv_cache,
+    ) as writer:
+        for one in found:
+            writer.append(one.sequence_routing())
+    predicted: list[Decision] = []
+    with Trace.open(tmp_path / "live.h5") as trace:
+        result = simulate(
+            trace.workload(execution.context),
+            live.sizes,
+            load_hardware("rtx4090"),
+            made(),
+            budget=budget,
+            execution=execution,
+            decisions=predicted.append,
+        )
+    assert decisions == predicted
+    assert (offload.hits, offload.misses) == (result.hits, result.misses)
+    assert (offload.promotions, offload.evictions) == (result.promotions, result.evictions)
+
+
+def test_slots_hold_the_experts_that_the_map_says(live: LiveModel) -> None:
+    execution = EXECUTIONS["overlapped"]
+    for made in (policy("lru"), policy("tide-as-coded", refresh_interval=1)):
+        with live.start(made, [11] * L, execution) as offload:
+            answers(live, offload)
+            for layer in range(L):
+                resident = np.flatnonzero(offload.slots[layer] >= 0)
+                np.testing.assert_array_equal(resident, np.flatnonzero(offload.residency.is_resident(layer)))
+                assert len(set(offload.slots[layer][resident])) == len(resident) <= 11
+            slabs, slots, weights = offload.backend.slabs, offload.slots, offload.backend._weights
+        # Closed, hence every copy is done.
+        for layer in range(L):
+            for expert in np.flatnonzero(slots[layer] >= 0).tolist():
+                assert torch.equal(slabs[layer][slots[layer][expert]], weights.layers[layer][expert])
+
+
+@pytest.mark.parametrize("threads", [(1, 1), (2, 1), (1, 3), (3, 2)], ids=str)
+def test_text_does_not_depend_on_the_number_of_threads(
+    folder: Path, expected: list[Generation], threads: tuple[int, int]
+) -> None:
+    settings = DeviceSettings(device="cpu", device_threads=threads[0], host_threads=threads[1])
+    with open_model(folder, settings) as live:
+        found, _, _ = run(live, policy("tide", refresh_interval=2), 9, EXECUTIONS["overlapped"])
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens == other.tokens
+        for layers, others in zip(one.routings, other.routings, strict=True):
+            assert all(torch.equal(a.expert_weights, b.expert_weights) for a, b in zip(layers, others, strict=True))
+
+
+class Restless(Policy):
+    """Swaps four experts in every forward, whoever is used: hard on slots and copies. About as long as policies get."""
+
+    name = "restless"
+    miss_action = "host"
+
+    def initial(self, shape: Shape) -> Placement:
+        self.budgets = shape.budgets
+        return Placement(tuple(tuple(range(budget // 2)) for budget in shape.budgets))
+
+    def refresh(self, forward: ForwardInfo, layer: int, counts: np.ndarray, is_resident: np.ndarray) -> Moves:
+        rng = np.random.default_rng([forward.index, layer])
+        there, away = rng.permutation(np.flatnonzero(is_resident)), rng.permutation(np.flatnonzero(~is_resident))
+        num_out = min(4, len(there))
+        num_in = min(4, len(away), self.budgets[layer] - len(there) + num_out)
+        return Moves(tuple(away[:num_in].tolist()), tuple(there[:num_out].tolist()))
+
+
+def test_a_users_own_policy_runs_and_changes_no_text(live: LiveModel, expected: list[Generation]) -> None:
+    found, decisions, offload = run(live, Restless(), 12, EXECUTIONS["overlapped"])
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert offload.promotions == sum(len(decision.promote) for decision in decisions) > 100
+
+
+def test_the_parts_of_a_run_add_up_and_the_link_carries_what_was_promoted(live: LiveModel) -> None:
+    _, _, offload = run(live, policy("tide-as-coded", refresh_interval=1), 9, EXECUTIONS["overlapped"])
+    assert sum(sum(parts.values()) for parts in offload.times.parts_ns.values()) == offload.times.makespan_ns
+    assert sum(offload.times.forward_ns) == offload.times.makespan_ns
+    if live.kind == "emulated":
+        copies = offload.promotions + 9 * L
+        assert offload.backend.busy_ns()["h2d"] >= 0.9e9 * copies * (1e-5 + live.sizes.expert_bytes / 20e6)
+
+
+def test_executions_that_the_engine_cannot_follow_are_refused(live: LiveModel) -> None:
+    with pytest.raises(InputError, match=r"tide-as-coded.*logits.*kernels.*write_back"):
+        live.start(policy("all-host"), [0] * L, EXECUTIONS["tide-as-coded"])
+
+
+def test_settings_are_checked_at_the_door() -> None:
+    with pytest.raises(InputError, match="did you mean 'emulated'"):
+        DeviceSettings(device="emulate")
+    with pytest.raises(InputError, match="host_threads"):
+        DeviceSettings(device="cpu", host_threads=0)
+    with pytest.raises(InputError, match="only the emulated device can be paced"):
+        DeviceSettings(device="cpu", pace=Pace(host_factor=2))
+    with pytest.raises(InputError, match=r"device_factor.*>= 1"):
+        Pace(device_factor=0.5)
+
+
+def test_the_engine_takes_from_a_plan_what_is_open_to_choice() -> None:
+    assert engine_execution("emulated", EXECUTIONS["overlapped"]).name == "emulated"
+    changed = engine_execution("emulated", executions()[1])
+    assert (changed.copies, changed.name) == ("blocking", "emulated copies=blocking")

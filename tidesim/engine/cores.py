@@ -1,0 +1,126 @@
+"""The network on CPU cores: threads that share the work of the compiled kernels, and the modules that call them.
+
+The weights stay in the dtype they are stored in, activations are float32. Every output of a linear map and every
+expert is computed whole by one thread, so the results do not depend on how many threads there are.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tidesim.engine import kernel
+from tidesim.engine.kernel import ExpertWeights, Pairs
+from tidesim.engine.model import LLaDA2
+
+_TILE = 64  # outputs of a linear map are dealt to threads in multiples of so many
+
+
+class Cores:
+    """A number of threads for the compiled kernels; the calling thread is one of them.
+
+    Use it in a `with` statement, or call `close`. Raise ValueError if `num_threads` < 1.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        if num_threads < 1:
+            raise ValueError(f"num_threads(={num_threads}) must be >= 1.")
+        self.num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def run_experts(
+        self,
+        x: npt.NDArray[np.float32],
+        pairs: Pairs,
+        experts: npt.NDArray[np.int64],
+        weights: ExpertWeights,
+        like: npt.NDArray[Any],
+        width: int,
+        out: npt.NDArray[np.float32],
+    ) -> None:
+        """Run `experts` on their pairs; see `kernel.run_experts`. `weights` has the addresses of these, in order."""
+        begin, end = pairs.first[experts], pairs.first[experts + 1]
+
+        def run(part: npt.NDArray[np.int64]) -> None:
+            gate, up, down = weights.of(part)
+            kernel.run_experts(x, pairs.tokens, begin[part], end[part], gate, up, down, like, width, out)
+
+        # Dealt from the busiest down, so that no thread is left with several busy ones.
+        busiest_first = np.argsort(begin - end, kind="stable")
+        self._share(run, (busiest_first[start :: self.num_threads] for start in range(self.num_threads)))
+
+    def multiply(
+        self, weights_at: int, like: npt.NDArray[Any], rows: npt.NDArray[np.float32], out: npt.NDArray[np.float32]
+    ) -> None:
+        """out[t, :] = weights . rows[t, :], see `kernel.multiply_rows`."""
+        num_outputs = out.shape[1]
+        step = -(-num_outputs // (self.num_threads * _TILE)) * _TILE
+
+        def run(first: int) -> None:
+            kernel.multiply_rows(weights_at, like, rows, first, min(first + step, num_outputs), out)
+
+        self._share(run, range(0, num_outputs, step))
+
+    def _share(self, run: Callable[[Any], None], parts: Iterable[Any]) -> None:
+        """Call `run` with each part: the first on this thread, the others on those of the pool."""
+        mine, *others = parts
+        waiting: list[Future[None]] = [] if self._pool is None else [self._pool.submit(run, part) for part in others]
+        run(mine)
+        for future in waiting:
+            future.result()
+
+
+class CpuLinear(nn.Module):
+    """A linear map without bias whose weight stays as stored; x [..., in] float32 -> [..., out] float32."""
+
+    def __init__(self, weight: Tensor, cores: Cores) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        self._cores, self._like = cores, kernel.stored_like(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty(len(rows), len(self.weight))
+        self._cores.multiply(self.weight.data_ptr(), self._like, rows.numpy(), out.numpy())
+        return out.view(*x.shape[:-1], -1)
+
+
+class CpuEmbedding(nn.Module):
+    """Rows of a table that stays as stored; ids [...] -> [..., D] float32."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids].float()
+
+
+def on_cores(network: LLaDA2, cores: Cores) -> None:
+    """Have `network` computed by `cores`: its linear maps and embedding as stored, all else in float32."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, CpuLinear(child.weight.data, cores))
+            elif isinstance(child, nn.Embedding):
+                setattr(module, name, CpuEmbedding(child.weight.data))
+    for module in network.modules():
+        if not isinstance(module, CpuLinear | CpuEmbedding):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()

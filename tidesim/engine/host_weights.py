@@ -1,0 +1,87 @@
+"""Routed experts in host memory: one contiguous piece per expert (gate, up, down), so that a promotion is one copy."""
+
+from collections.abc import Callable
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tidesim.engine.checkpoint import Checkpoint, expert_weights
+from tidesim.engine.kernel import STORED, ExpertWeights
+from tidesim.engine.model import NetworkConfig
+
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+def expert_numel(config: NetworkConfig) -> int:
+    """Weights of one routed expert: gate, up and down."""
+    return 3 * config.hidden_size * config.moe_intermediate_size
+
+
+def plain_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of this process; NumPy asks the system for large pages where it can, PyTorch does not."""
+    return torch.from_numpy(np.empty(shape, STORED[dtype])).view(dtype)
+
+
+def addresses(pieces: Tensor, config: NetworkConfig) -> ExpertWeights:
+    """Where the matrices of each piece lie, for the compiled kernels. pieces [N, 3 * I * D], on the CPU."""
+    matrix_bytes = config.hidden_size * config.moe_intermediate_size * pieces.element_size()
+    gate = pieces.data_ptr() + np.arange(len(pieces), dtype=np.int64) * 3 * matrix_bytes
+    return ExpertWeights(gate, gate + matrix_bytes, gate + 2 * matrix_bytes)
+
+
+class HostWeights:
+    """The experts of all MoE layers: `layers[layer]` is [E, 3 * I * D], gate, up and down one after another."""
+
+    def __init__(self, layers: list[Tensor]) -> None:
+        self.layers = layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the experts are stored in."""
+        return self.layers[0].dtype
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert."""
+        return self.layers[0].shape[1] * self.layers[0].element_size()
+
+    @classmethod
+    def staged(cls, checkpoint: Checkpoint, config: NetworkConfig, allocate: Allocate = plain_memory) -> Self:
+        """Read from the mapped files of a model folder, in the dtype they are stored in.
+
+        Raise ModelError for a tensor that is missing or misshapen.
+        """
+        layers = []
+        for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+            experts = expert_weights(checkpoint, config, layer)
+            pieces = allocate((config.num_experts, expert_numel(config)), experts[0][0].dtype)
+            for piece, matrices in zip(pieces, experts, strict=True):
+                torch.cat([matrix.flatten() for matrix in matrices], out=piece)
+            layers.append(pieces)
+        return cls(layers)
+
+    @classmethod
+    def random(
+        cls, config: NetworkConfig, dtype: torch.dtype, rng: torch.Generator, allocate: Allocate = plain_memory
+    ) -> Self:
+        """Random experts of the right size, for a model whose weights are not there.
+
+        Every expert has its own memory; its numbers are a shifted copy of one random sequence, as drawn ones would
+        take minutes.
+        """
+        numel = expert_numel(config)
+        sequence = torch.randn(2 * numel, generator=rng).mul_(config.hidden_size**-0.5).to(dtype)
+        layers = []
+        for _ in range(config.first_k_dense_replace, config.num_hidden_layers):
+            pieces = allocate((config.num_experts, numel), dtype)
+            for piece, shift in zip(pieces, torch.randint(numel, (len(pieces),), generator=rng).tolist(), strict=True):
+                piece.copy_(sequence[shift : shift + numel])
+            layers.append(pieces)
+        return cls(layers)
+
+    def as_bytes(self, layer: int, expert: int) -> npt.NDArray[np.uint8]:
+        """One expert as it lies in memory."""
+        return self.layers[layer][expert].view(torch.uint8).numpy()

@@ -1,0 +1,237 @@
+"""Routed experts on CPU cores: compiled, and the same to the last bit wherever and beside whatever an expert runs.
+
+PyTorch's own bf16 matrix products reach a fraction of a core where it has no bf16 instructions, and its float32 ones
+depend on how many rows run together. Here every row of an expert goes through the same four-row micro-kernel, padded
+with zero rows where there are fewer, so its result depends on the row and the weights alone: not on how many other
+rows there are, on which thread runs it, or in which memory the weights lie. Weights stay as they are stored (bfloat16
+or float32) and are widened in registers; products are summed in float32, in an order that only the sizes fix.
+
+All functions release the GIL, so threads of Python run them side by side. Letters: T tokens, K top-k, E experts,
+D hidden size, I expert width, A experts that have rows, P = T * K pairs of a token and an expert.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+ROW_TILE = 4  # rows of one micro-kernel: time goes up in steps of so many rows
+_CHUNK = 32  # rows that share one sweep over the weights; they and a tile of weights stay in a core's own cache
+_OUTPUT_TILE = 16  # weight rows that all rows of a chunk go through before the next ones are read
+# A sum may be split over the lanes of a vector and a product joined with its sum; nothing else is loosened.
+_FASTMATH = {"reassoc", "contract", "nsz"}
+
+# How a stored dtype is handed to compiled code, which knows no bfloat16.
+STORED = {torch.bfloat16: np.uint16, torch.float32: np.float32}
+
+
+class ExpertWeights(NamedTuple):
+    """Where the three matrices of each expert lie: addresses [A] of gate and up [I, D] and of down [D, I]."""
+
+    gate: Ints
+    up: Ints
+    down: Ints
+
+    def of(self, experts: Ints) -> "ExpertWeights":
+        """The addresses of some of the experts."""
+        return ExpertWeights(self.gate[experts], self.up[experts], self.down[experts])
+
+
+class Pairs(NamedTuple):
+    """The routed pairs of a forward, sorted by expert.
+
+    Parameters
+    ----------
+    counts : int32 [E], pairs of each expert.
+    first : int64 [E + 1], where each expert's pairs begin.
+    tokens : int64 [P], the token of each pair.
+    places : int64 [T, K], where the pair of a token's k-th choice stands.
+    """
+
+    counts: npt.NDArray[np.int32]
+    first: Ints
+    tokens: Ints
+    places: Ints
+
+
+@intrinsic
+def _widen(typing_context: Any, stored: Any) -> Any:
+    """A stored weight as float32; a bfloat16 is its upper half."""
+
+    def widen_bfloat16(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        int32 = ir.IntType(32)
+        shifted = builder.shl(builder.zext(arguments[0], int32), ir.Constant(int32, 16))
+        return builder.bitcast(shifted, ir.FloatType())
+
+    def keep(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return arguments[0]
+
+    return types.float32(stored), widen_bfloat16 if stored == types.uint16 else keep
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
+    """`address` as a pointer to elements of the array `like`."""
+    target = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(target))
+
+    return target(types.int64, like), generate
+
+
+@njit(nogil=True, cache=True)
+def sort_pairs(expert_ids: Ints, num_experts: int) -> tuple[Any, Ints, Ints, Ints]:
+    """The fields of `Pairs` for the choices [T, K] of a forward: a counting sort, tokens ascending within an expert."""
+    T, K = expert_ids.shape
+    counts = np.zeros(num_experts, np.int32)
+    for token in range(T):
+        for k in range(K):
+            counts[expert_ids[token, k]] += 1
+    first = np.zeros(num_experts + 1, np.int64)
+    for expert in range(num_experts):
+        first[expert + 1] = first[expert] + counts[expert]
+    free = first[:-1].copy()
+    tokens = np.empty(T * K, np.int64)
+    places = np.empty((T, K), np.int64)
+    for token in range(T):
+        for k in range(K):
+            expert = expert_ids[token, k]
+            places[token, k] = free[expert]
+            tokens[free[expert]] = token
+            free[expert] += 1
+    return counts, first, tokens, places
+
+
+@njit(nogil=True, cache=True, fastmath=_FASTMATH)
+def _multiply(weights: Any, rows: Floats, num_groups: int, out: Floats) -> None:
+    """out[g, r, o] = rows[g, r, :] . weights[o, :], rows [groups, 4, width]; the number of weight rows is even."""
+    num_outputs, width = weights.shape
+    for tile in range(0, num_outputs, _OUTPUT_TILE):
+        for group in range(num_groups):
+            x0, x1, x2, x3 = rows[group, 0], rows[group, 1], rows[group, 2], rows[group, 3]
+            for o in range(tile, min(tile + _OUTPUT_TILE, num_outputs), 2):
+                w0, w1 = weights[o], weights[o + 1]
+                a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
+                for i in range(width):
+                    u, v = _widen(w0[i]), _widen(w1[i])
+                    a0 += u * x0[i]
+                    a1 += u * x1[i]
+                    a2 += u * x2[i]
+                    a3 += u * x3[i]
+                    b0 += v * x0[i]
+                    b1 += v * x1[i]
+                    b2 += v * x2[i]
+                    b3 += v * x3[i]
+                out[group, 0, o], out[group, 1, o], out[group, 2, o], out[group, 3, o] = a0, a1, a2, a3
+                out[group, 0, o + 1], out[group, 1, o + 1] = b0, b1
+                out[group, 2, o + 1], out[group, 3, o + 1] = b2, b3
+
+
+@njit(nogil=True, cache=True, fastmath=_FASTMATH)
+def run_experts(
+    x: Floats,
+    tokens: Ints,
+    begin: Ints,
+    end: Ints,
+    gate_at: Ints,
+    up_at: Ints,
+    down_at: Ints,
+    like: Any,
+    width: int,
+    out: Floats,
+) -> None:
+    """out[p] = down(silu(gate x) * up x) for the pairs begin[a]:end[a] of each expert a, x being x[tokens[p]].
+
+    Parameters
+    ----------
+    x : float32 [T, D]. out : float32 [P, D]; other rows of it are left alone.
+    tokens : int64 [P]. begin, end, gate_at, up_at, down_at : int64 [A], see `ExpertWeights`.
+    like : any array of the dtype that weights are stored in. width : I. D and I must be even.
+    """
+    D = x.shape[1]
+    max_groups = _CHUNK // ROW_TILE
+    rows = np.empty((max_groups, ROW_TILE, D), np.float32)
+    gates = np.empty((max_groups, ROW_TILE, width), np.float32)
+    ups = np.empty((max_groups, ROW_TILE, width), np.float32)
+    results = np.empty((max_groups, ROW_TILE, D), np.float32)
+    for a in range(len(begin)):
+        gate = carray(_pointer(gate_at[a], like), (width, D))
+        up = carray(_pointer(up_at[a], like), (width, D))
+        down = carray(_pointer(down_at[a], like), (D, width))
+        for start in range(begin[a], end[a], _CHUNK):
+            num_rows = min(_CHUNK, end[a] - start)
+            num_groups = (num_rows + ROW_TILE - 1) // ROW_TILE
+            for r in range(num_groups * ROW_TILE):
+                row = rows[r // ROW_TILE, r % ROW_TILE]
+                if r < num_rows:
+                    row[:] = x[tokens[start + r]]
+                else:
+                    row[:] = 0
+            _multiply(gate, rows, num_groups, gates)
+            _multiply(up, rows, num_groups, ups)
+            for r in range(num_groups * ROW_TILE):
+                gate_row, up_row = gates[r // ROW_TILE, r % ROW_TILE], ups[r // ROW_TILE, r % ROW_TILE]
+                for i in range(width):
+                    gate_row[i] = gate_row[i] / (np.float32(1) + math.exp(-gate_row[i])) * up_row[i]
+            _multiply(down, gates, num_groups, results)
+            for r in range(num_rows):
+                out[start + r] = results[r // ROW_TILE, r % ROW_TILE]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def combine(outputs: Floats, places: Ints, weights: Floats) -> Floats:
+    """Weighted sum of each token's expert outputs, in the order of its choices. [P, D], [T, K], [T, K] -> [T, D]."""
+    T, K = places.shape
+    total = np.zeros((T, outputs.shape[1]), np.float32)
+    for token in range(T):
+        for k in range(K):
+            weight, output = weights[token, k], outputs[places[token, k]]
+            for i in range(len(output)):
+                total[token, i] += weight * output[i]
+    return total
+
+
+@njit(nogil=True, cache=True)
+def multiply_rows(weights_at: int, like: Any, rows: Floats, first: int, end: int, out: Floats) -> None:
+    """out[t, o] = rows[t, :] . weights[o, :] for the outputs first:end; rows [T, width], out [T, O], O even."""
+    T, width = rows.shape
+    max_groups = _CHUNK // ROW_TILE
+    groups = np.zeros((max_groups, ROW_TILE, width), np.float32)
+    results = np.empty((max_groups, ROW_TILE, end - first), np.float32)
+    weights = carray(_pointer(weights_at + first * width * like.itemsize, like), (end - first, width))
+    for start in range(0, T, _CHUNK):
+        num_rows = min(_CHUNK, T - start)
+        num_groups = (num_rows + ROW_TILE - 1) // ROW_TILE
+        for r in range(num_groups * ROW_TILE):
+            if r < num_rows:
+                groups[r // ROW_TILE, r % ROW_TILE] = rows[start + r]
+            else:
+                groups[r // ROW_TILE, r % ROW_TILE] = 0
+        _multiply(weights, groups, num_groups, results)
+        for r in range(num_rows):
+            out[start + r, first:end] = results[r // ROW_TILE, r % ROW_TILE]
+
+
+def stored_like(dtype: torch.dtype) -> npt.NDArray[Any]:
+    """An empty array of the type that compiled code reads weights of `dtype` in.
+
+    Raise TypeError for a dtype that it does not read.
+    """
+    if dtype not in STORED:
+        raise TypeError(f"experts stored as {dtype} cannot be run on the CPU; store them as bfloat16 or float32.")
+    return np.empty(0, STORED[dtype])
+
+
+def sorted_pairs(expert_ids: Tensor, num_experts: int) -> Pairs:
+    """The pairs of choices [T, K] on the CPU, sorted by expert."""
+    return Pairs(*sort_pairs(expert_ids.numpy(), num_experts))

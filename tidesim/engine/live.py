@@ -1,0 +1,182 @@
+"""A model on a device, ready to run under one plan after another: its weights are read once and stay.
+
+Devices: "accelerator" is whatever `torch.accelerator` reports; "emulated" is for machines without one, "cpu" the same
+without a paced link; "disk" keeps experts in the safetensors files and a budget of them in memory; "auto" is the
+accelerator where there is one, else "cpu".
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from tidesim.engine.checkpoint import Checkpoint, load_without_experts, random_without_experts
+from tidesim.engine.cores import Cores, on_cores
+from tidesim.engine.emulated import EmulatedBackend, Pace
+from tidesim.engine.host_weights import HostWeights
+from tidesim.engine.model import LLaDA2, NetworkConfig
+from tidesim.engine.offload import Backend, Offload
+from tidesim.errors import InputError, ModelError, nearest_name
+from tidesim.execution import EXECUTIONS, DeviceMemory, Execution
+from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
+from tidesim.policies import Policy
+from tidesim.result import Decision
+
+DEVICES = ("auto", "cpu", "emulated", "accelerator", "disk")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSettings:
+    """On what a model runs.
+
+    Parameters
+    ----------
+    device : one of `DEVICES`.
+    device_threads, host_threads : cores of an emulated device, and threads that compute missed experts on any machine;
+        by default the machine's cores are halved between them where the device is emulated.
+    pace : how fast an emulated device, its link and its host may be.
+
+    Raise InputError for an unknown device, one that is not there, or numbers below 1.
+    """
+
+    device: str = "auto"
+    device_threads: int = field(default_factory=lambda: max(1, (os.cpu_count() or 1) // 2))
+    host_threads: int = field(default_factory=lambda: max(1, (os.cpu_count() or 1) // 2))
+    pace: Pace = field(default_factory=Pace)
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise InputError(f"no device {self.device!r}; {nearest_name(self.device, DEVICES)}")
+        for name in ("device_threads", "host_threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}(={getattr(self, name)}) must be >= 1.")
+        if self.device == "accelerator" and not torch.accelerator.is_available():
+            raise InputError("PyTorch sees no accelerator here; use --device cpu, emulated or disk.")
+        if self.device != "emulated" and self.pace != Pace():
+            raise InputError(f"only the emulated device can be paced, not {self.device!r}; use --device emulated.")
+
+    @property
+    def kind(self) -> str:
+        """The device with "auto" resolved."""
+        if self.device != "auto":
+            return self.device
+        return "accelerator" if torch.accelerator.is_available() else "cpu"
+
+
+# How the engine runs a forward on each kind of device.
+_EXECUTION_OF = {"accelerator": "engine", "emulated": "emulated", "cpu": "emulated", "disk": "disk"}
+
+
+def engine_execution(kind: str, planned: Execution | None = None) -> Execution:
+    """How the engine runs on a device of `kind`: what is open to choice is taken from the `planned` execution."""
+    own = EXECUTIONS[_EXECUTION_OF[kind]]
+    if planned is None:
+        return own
+    changes = {name: getattr(planned, name) for name in ("kv_cache", "copies")}
+    changes |= {} if kind == "disk" else {"host": planned.host}
+    differs = [f"{name}={value}" for name, value in changes.items() if value != getattr(own, name)]
+    return replace(own, name=" ".join([own.name, *differs]), **changes)
+
+
+class LiveModel:
+    """A network on a device, and what it takes to run it under a plan; use it in a `with` statement.
+
+    Made by `open_model` and `dummy_model`. `sizes` are those of the network, its experts' as they are stored.
+    """
+
+    def __init__(
+        self,
+        network: LLaDA2,
+        sizes: MoEConfig,
+        kind: str,
+        make_backend: Callable[[bool], Backend],
+        close: Callable[[], None],
+    ) -> None:
+        self.network, self.sizes, self.kind = network, sizes, kind
+        self._make_backend, self._close = make_backend, close
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._close()
+
+    def start(
+        self,
+        policy: Policy,
+        budgets: Sequence[int],
+        execution: Execution,
+        decisions: Callable[[Decision], None] | None = None,
+        is_detailed: bool = False,
+    ) -> Offload:
+        """Fill the slots for a run under `policy`. Close the run when it is over: slots are not shared."""
+        backend = self._make_backend(is_detailed)
+        return Offload(self.network, backend, policy, budgets, execution, decisions, is_detailed=is_detailed)
+
+    def memory(self, budgets: Sequence[int], execution: Execution, max_tokens: int, reserve_bytes: int) -> DeviceMemory:
+        """Bytes that a run takes on the device at its peak, with sequences of `max_tokens` tokens.
+
+        Transient: logits of a block as computed and as float32, and their probabilities; or the outputs of all routed
+        pairs of the longest forward, and their rows and hidden rows where these are gathered for one grouped product.
+        """
+        sizes, number = self.sizes, self.network.norm.weight.element_size()
+        tensors = (*self.network.parameters(), *self.network.buffers())
+        head = sizes.block_length * sizes.vocab_size * (number % 4 + 4 + 4)
+        pairs = max_tokens * sizes.top_k
+        gathered = 2 * sizes.hidden_size + 3 * sizes.moe_intermediate_size if self.kind == "accelerator" else 0
+        experts = pairs * (gathered * number + sizes.hidden_size * 4) + max_tokens * sizes.hidden_size * 4
+        return DeviceMemory(
+            experts=sum(budgets) * sizes.expert_bytes,
+            non_experts=sum(tensor.nbytes for tensor in tensors),
+            kv_cache=max_tokens * sizes.kv_bytes_per_token * number // 2 if execution.kv_cache else 0,
+            transient=max(head, experts),
+            reserve=reserve_bytes,
+        )
+
+
+def open_model(folder: Path, settings: DeviceSettings) -> LiveModel:
+    """The model in `folder`, its experts in host memory, or left in their files for device "disk".
+
+    Raise ModelError for an unusable folder.
+    """
+    checkpoint, kind = Checkpoint(folder), settings.kind
+    network = load_without_experts(checkpoint)
+    sizes = load_moe_config(str(folder))
+    weights = HostWeights.staged(checkpoint, network.config)
+    return _on_device(network, sizes, weights, settings, kind)
+
+
+def dummy_model(shape: Path, settings: DeviceSettings, num_layers: int | None, rng: torch.Generator) -> LiveModel:
+    """A model of the shape of a config.json with random bf16 weights, and so many MoE layers; None: all of them.
+
+    Its text means nothing; times and memory are those of the shape. Raise ModelError if there are not so many layers.
+    """
+    config, sizes = NetworkConfig.from_hf(read_hf_config(shape)), load_moe_config(str(shape))
+    if num_layers is not None and not 1 <= num_layers <= sizes.num_layers:
+        raise ModelError(f"layers(={num_layers}) must be in 1..{sizes.num_layers}, the MoE layers of {sizes.name}.")
+    num_layers = num_layers or sizes.num_layers
+    config = replace(config, num_hidden_layers=config.first_k_dense_replace + num_layers)
+    sizes = replace(sizes, num_layers=num_layers, name=f"{sizes.name}, {num_layers} layers of dummy weights")
+    network = random_without_experts(config, torch.bfloat16, rng)
+    return _on_device(network, sizes, HostWeights.random(config, torch.bfloat16, rng), settings, settings.kind)
+
+
+def _on_device(
+    network: LLaDA2, sizes: MoEConfig, weights: HostWeights, settings: DeviceSettings, kind: str
+) -> LiveModel:
+    """The network computed by this machine's cores, with its experts in host memory."""
+    device_cores, host_cores = Cores(settings.device_threads), Cores(settings.host_threads)
+    on_cores(network, device_cores)
+
+    def make_backend(is_detailed: bool) -> Backend:
+        return EmulatedBackend(network.config, weights, device_cores, host_cores, settings.pace, is_detailed)
+
+    def close() -> None:
+        device_cores.close()
+        host_cores.close()
+
+    return LiveModel(network, sizes, kind, make_backend, close)

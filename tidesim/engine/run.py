@@ -1,0 +1,136 @@
+"""Run a network under a policy and say what came of it: answers to prompts, or the forwards of a recorded trace."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tidesim.engine.generate import propose
+from tidesim.engine.live import LiveModel
+from tidesim.engine.model import KVCache, block_causal_mask
+from tidesim.engine.offload import Offload
+from tidesim.execution import Execution
+from tidesim.result import RunResult, one_or_each
+from tidesim.trace import Trace
+from tidesim.workload import Context, ForwardKind
+
+
+def measured_result(
+    offload: Offload,
+    live: LiveModel,
+    execution: Execution,
+    *,
+    machine: str,
+    model: str,
+    origin: str,
+    tokens: int,
+    seed: int | None,
+) -> RunResult:
+    """What a run came to.
+
+    Parameters
+    ----------
+    machine, model, origin : what results call the machine, the model, and where the routing comes from.
+    tokens : generated tokens.
+    """
+    times, backend_ns = offload.times, offload.backend.busy_ns()
+    busy_ns = {"device": times.device_ns, "d2h": 0} | backend_ns
+    num_bytes = offload.promotions * live.sizes.expert_bytes
+    return RunResult(
+        policy=offload.policy.name,
+        budget=one_or_each(offload.budgets),
+        refresh_interval=offload.policy.refresh_interval,
+        execution=execution.name,
+        context=execution.context,
+        hardware=machine,
+        model=model,
+        trace_origin=origin,
+        seed=seed,
+        num_forwards=offload.num_forwards,
+        generated_tokens=tokens,
+        hits=offload.hits,
+        misses=offload.misses,
+        promotions=offload.promotions,
+        evictions=offload.evictions,
+        num_copies=offload.promotions,
+        h2d_bytes=num_bytes,
+        d2h_bytes=0,
+        makespan_ns=times.makespan_ns,
+        layer_parts_ns=tuple(tuple(parts.values()) for parts in times.parts_ns.values()),
+        busy_ns={name: min(busy, times.makespan_ns) for name, busy in busy_ns.items()},
+        is_measured=True,
+    )
+
+
+class ForcedForward(NamedTuple):
+    """One forward of a trace as an engine with or without a KV cache runs it; `expert_ids` [T, L, K]."""
+
+    kind: ForwardKind
+    block: int
+    step: int
+    is_first_block: bool
+    context_tokens: int
+    expert_ids: torch.Tensor
+
+
+def forced_forwards(trace: Trace, context: Context, sequence: int, num_layers: int) -> Iterator[ForcedForward]:
+    """The forwards of one sequence, those that `Trace.workload(context)` counts, with the routing of their rows.
+
+    Raise ValueError if the trace was recorded without a KV cache: its rows would have to be cut first.
+    """
+    if not trace.kv_cache:
+        raise ValueError(f"{trace.path}: was recorded without a KV cache; routing is forced from recordings with one.")
+    layers = np.arange(num_layers) % trace.num_layers
+    first_block = int(trace.sequences["prompt_tokens"][sequence]) // trace.block_length
+    prefix: list[npt.NDArray[np.int64]] = []
+    for forward in np.flatnonzero(trace.forwards["sequence"] == sequence).tolist():
+        row = trace.forwards[forward]
+        ids = trace.expert_ids(int(trace.offsets[forward]), int(trace.offsets[forward + 1]))[:, layers].astype(np.int64)
+        kind, context_tokens = ForwardKind(row["kind"]), int(row["context_tokens"])
+        if context == "full":
+            if kind != ForwardKind.DENOISE:
+                prefix.append(ids)
+                continue
+            ids, context_tokens = np.concatenate([*prefix, ids]), 0
+        block = int(row["block"])
+        yield ForcedForward(kind, block, int(row["step"]), block == first_block, context_tokens, torch.from_numpy(ids))
+
+
+def replay_trace(
+    live: LiveModel, offload: Offload, trace: Trace, execution: Execution, sequences: Sequence[int]
+) -> int:
+    """Run the recorded forwards of some sequences with their recorded choice of experts; the tokens they generated.
+
+    Everything is computed as in decoding, sampling included, but which forward comes next is as recorded, and the
+    tokens that go in are arbitrary. The router's own weights are used for the recorded experts, slot by slot.
+    """
+    with torch.inference_mode():
+        for sequence in sequences:
+            offload.begin_sequence()
+            _replay_sequence(live, offload, trace, execution, sequence)
+    offload.forced = None
+    return int(trace.sequences["generated_tokens"][list(sequences)].sum())
+
+
+def _replay_sequence(live: LiveModel, offload: Offload, trace: Trace, execution: Execution, sequence: int) -> None:
+    network, block_length = live.network, trace.block_length
+    forwards = list(forced_forwards(trace, execution.context, sequence, live.sizes.num_layers))
+    size = max(forward.context_tokens + len(forward.expert_ids) for forward in forwards)
+    device = network.norm.weight.device
+    tokens = torch.arange(size, device=device) % network.config.vocab_size
+    positions, mask = torch.arange(size, device=device), block_causal_mask(size, block_length, device)
+    cache = KVCache(network.config, size, network.norm.weight) if execution.kv_cache else None
+    for forward in forwards:
+        start, num_rows = forward.context_tokens, len(forward.expert_ids)
+        if cache is not None:
+            cache.length = start
+        offload.forced = forward.expert_ids
+        offload.begin(forward.kind, forward.block, forward.step, forward.is_first_block, num_rows)
+        rows = slice(start, start + num_rows)
+        needs_mask = num_rows > block_length
+        hidden, _ = network(tokens[None, rows], positions[rows], mask[rows, : rows.stop] if needs_mask else None, cache)
+        if forward.kind == ForwardKind.DENOISE:
+            propose(network.logits(hidden[0, -block_length:]))[0].tolist()
+        offload.end()
