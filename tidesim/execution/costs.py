@@ -1,0 +1,187 @@
+"""Model, machine and execution put together: how long each part of a forward takes."""
+
+import numpy as np
+import numpy.typing as npt
+
+from tidesim.execution.presets import Execution
+from tidesim.hardware import Hardware, Link
+from tidesim.moe import MoEConfig
+
+Ints = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+class Costs:
+    """Durations in whole nanoseconds of everything that one engine does on one machine.
+
+    Parameters
+    ----------
+    max_rows : most rows that a forward routes; the tables reach that far.
+
+    Attributes
+    ----------
+    loop_ns : [max_rows + 1], kernels of one resident expert run alone, by its rows; 0 for 0 rows.
+    expert_launch_ns : launching the ops of one such expert.
+    host_expert_ns : [max_rows + 1], one missed expert on the host, by its rows; 0 for 0 rows.
+    host_layer_ns : [max_rows + 1], what a layer's host part costs besides its experts, by the rows that travel.
+    promote_ns, evict_ns : one expert host to device, and out again (0 without write-back).
+    promote_bytes, evict_bytes : bytes that go over the link for them (0 where nothing is copied).
+    """
+
+    def __init__(self, model: MoEConfig, hardware: Hardware, execution: Execution, max_rows: int) -> None:
+        self.model = model
+        self.hardware = hardware
+        self.execution = execution
+        self.max_rows = max_rows
+        rows = np.arange(max_rows + 1)
+        self.loop_ns = _table(self._loop_s(rows))
+        self.expert_launch_ns = int(self._launch_ns(execution.ops_per_expert))
+        self._grouped_bytes_ns, self._grouped_flops_ns = self._grouped_tables(max_rows)
+        self._grouped_overhead_ns = int(_ns(hardware.device.grouped_overhead_s))
+        self.host_expert_ns, self.host_layer_ns = self._host_tables(rows)
+        self._copy_costs()
+
+    # --- dense parts ---
+
+    def layer_ns(self, tokens: Rows, context_tokens: Rows) -> tuple[Ints, Ints]:
+        """Kernels of an MoE layer's dense part, and the launch time they do not hide; any shape of arguments.
+
+        Dense part: norms, attention, router and shared expert over `tokens` rows that attend to each other and to
+        `context_tokens` cached ones. Attention under a block-causal mask is computed in full, as the published
+        code and PyTorch's masked kernels do.
+        """
+        model = self.model
+        params = model.attention_params + model.router_params + model.shared_params
+        kernel_ns = _ns(self._layer_s(params, tokens, context_tokens))
+        return kernel_ns, _excess(kernel_ns, self._launch_ns(self.execution.ops_per_layer))
+
+    def entry_ns(self, tokens: Rows, context_tokens: Rows) -> tuple[Ints, Ints]:
+        """The same of what comes before the MoE layers: the embedding (rows read and written) and the dense layers."""
+        model, num_dense = self.model, self.model.num_dense_layers
+        params = model.attention_params + model.dense_mlp_params
+        embedding_s = 2 * _wide(tokens) * model.hidden_bytes / self.hardware.device.bytes_per_s
+        kernel_ns = _ns(embedding_s + num_dense * self._layer_s(params, tokens, context_tokens))
+        return kernel_ns, _excess(kernel_ns, self._launch_ns(num_dense * self.execution.ops_per_dense_layer))
+
+    def head_ns(self, tokens: Rows, logit_tokens: Rows) -> tuple[Ints, Ints]:
+        """The same of what comes after the layers: lm_head over the rows that need logits, and sampling.
+
+        A forward that needs no logits (prefill, commit) takes none of it. The ops of the whole forward that belong to
+        no layer are counted here.
+        """
+        vocab, device = self.model.vocab_params, self.hardware.device
+        flops = 2 * _wide(tokens if self.execution.logits == "all" else logit_tokens) * vocab
+        kernel_ns = _ns(_roofline_s(2 * vocab, flops, device.bytes_per_s, device.flops_per_s))
+        excess_ns = _excess(kernel_ns, self._launch_ns(self.execution.ops_per_forward))
+        has_head = _wide(logit_tokens) > 0
+        return np.where(has_head, kernel_ns, 0), np.where(has_head, excess_ns, 0)
+
+    # --- routed experts on the device ---
+
+    def experts_ns(self, loop_kernel_ns: int, num_active: int, num_rows: int) -> tuple[int, int]:
+        """Kernels of a layer's resident experts, and the launch time they do not hide.
+
+        `num_active` experts got `num_rows` rows between them; `loop_kernel_ns` is the sum of their `loop_ns`.
+        A grouped kernel has its launch in its fixed part.
+        """
+        if not num_active:
+            return 0, 0
+        if self.execution.kernels == "loop":
+            return loop_kernel_ns, max(0, num_active * self.expert_launch_ns - loop_kernel_ns)
+        work_ns = max(int(self._grouped_bytes_ns[num_active]), int(self._grouped_flops_ns[num_rows]))
+        return self._grouped_overhead_ns + work_ns, 0
+
+    # --- how the figures come about ---
+
+    def _layer_s(self, params: int, tokens: Rows, context_tokens: Rows) -> Floats:
+        """Seconds of one layer whose weights are `params`: they and the cache are read once, at 2 bytes each."""
+        model, device = self.model, self.hardware.device
+        tokens, context_tokens = _wide(tokens), _wide(context_tokens)
+        num_bytes = 2 * params + context_tokens * model.kv_bytes_per_token_layer
+        flops = 2 * tokens * params + 4 * tokens * (context_tokens + tokens) * (model.num_heads * model.head_dim)
+        return _roofline_s(num_bytes, flops, device.bytes_per_s, device.flops_per_s)
+
+    def _launch_ns(self, num_ops: int) -> Ints:
+        device = self.hardware.device
+        op_s = device.eager_op_s if self.execution.launch == "eager" else device.kernel_launch_s
+        return _ns(num_ops * op_s)
+
+    def _loop_s(self, rows: Ints) -> Floats:
+        model, device = self.model, self.hardware.device
+        flops = 2 * rows * model.expert_params
+        work_s = _roofline_s(model.expert_bytes, flops, device.bytes_per_s, device.flops_per_s)
+        return 3 * device.gemm_overhead_s + work_s
+
+    def _grouped_tables(self, max_rows: int) -> tuple[Ints, Ints]:
+        """By experts touched, and by rows over all experts: the two sides of the grouped kernel's roofline."""
+        model, device = self.model, self.hardware.device
+        active, rows = np.arange(model.num_experts + 1), np.arange(max_rows * model.top_k + 1)
+        bytes_ns = _ns(active * model.expert_bytes / device.experts_bytes_per_s)
+        return bytes_ns, _ns(2 * rows * model.expert_params / device.grouped_flops_per_s)
+
+    def _host_tables(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Host time per missed expert and per layer; the call and the copies of rows are in one or the other."""
+        model, host = self.model, self.hardware.host
+        flops = 2 * rows * model.expert_params
+        work_s = _roofline_s(model.expert_bytes, flops, host.bytes_per_s, host.bf16_flops_per_s)
+        call_s = host.call_overhead_s + self._rows_s(rows)
+        if self.execution.host_calls == "expert":
+            return _table(call_s + work_s), np.zeros_like(rows)
+        return _table(work_s), _table(call_s)
+
+    def _rows_s(self, rows: Ints) -> Floats:
+        """Seconds to copy the hidden states of `rows` tokens to the host and back. They do not queue behind weights."""
+        links = self.hardware.links
+        if links is None:
+            return np.zeros(len(rows))
+        pinned = self.execution.is_pinned
+        out, back = (links.d2h_pinned, links.h2d_pinned) if pinned else (links.d2h_pageable, links.h2d_pageable)
+        num_bytes = rows * self.model.hidden_bytes
+        return out.latency_s + num_bytes / out.bytes_per_s + back.latency_s + num_bytes / back.bytes_per_s
+
+    def _copy_costs(self) -> None:
+        """Copies of weights. Without links (unified memory) nothing is copied, and moves are free."""
+        links, execution = self.hardware.links, self.execution
+        self.promote_ns = self.evict_ns = self.promote_bytes = self.evict_bytes = 0
+        if links is None:
+            return
+        # Write-back in the background keeps both directions busy at once.
+        share = links.duplex_factor if execution.write_back and execution.copies == "background" else 1.0
+        self.promote_ns = self._expert_copy_ns(links.h2d_pinned if execution.is_pinned else links.h2d_pageable, share)
+        self.promote_bytes = self.model.expert_bytes
+        if execution.write_back:
+            # Unpinned, the evicted expert lands in memory that is allocated for it on the spot.
+            self.evict_ns = self._expert_copy_ns(links.d2h_pinned if execution.is_pinned else links.d2h_fresh, share)
+            self.evict_bytes = self.model.expert_bytes
+
+    def _expert_copy_ns(self, link: Link, share: float) -> int:
+        transfer_s = self.model.expert_bytes / (link.bytes_per_s * share)
+        return int(_ns(self.execution.copies_per_expert * link.latency_s + transfer_s))
+
+
+def _wide(rows: Rows) -> Ints:
+    """As 64 bits: the operations of a forward do not fit 32."""
+    return np.asarray(rows, np.int64)
+
+
+def _roofline_s(num_bytes: Ints | int, flops: Ints, bytes_per_s: float, flops_per_s: float) -> Floats:
+    seconds: Floats = np.maximum(num_bytes / bytes_per_s, flops / flops_per_s)
+    return seconds
+
+
+def _ns(seconds: Floats | float) -> Ints:
+    """Whole nanoseconds, half to even as Python's `round`."""
+    return np.rint(np.asarray(seconds) * 1e9).astype(np.int64)
+
+
+def _table(seconds: Floats) -> Ints:
+    """A table by number of rows, in ns: no rows, no time."""
+    table = _ns(seconds)
+    table[0] = 0
+    return table
+
+
+def _excess(kernel_ns: Ints, launch_ns: Ints) -> Ints:
+    excess_ns: Ints = np.maximum(launch_ns - kernel_ns, 0)
+    return excess_ns

@@ -1,0 +1,123 @@
+"""What an engine may do its own way, and the engines that are known: `EXECUTIONS`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tidesim.errors import InputError, nearest_name
+from tidesim.workload import Context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How an engine runs a forward.
+
+    Parameters
+    ----------
+    name : what results call it.
+    kv_cache : whether keys and values of finished blocks are kept; without, every forward routes the whole prefix.
+    logits : rows that go through lm_head: the "block" being denoised, or "all" rows of the forward.
+    is_pinned : whether expert weights are copied from and to pinned (page-locked) host memory.
+    copies : "blocking" moves run after a layer's router and before its experts, and nothing runs beside them;
+        "background" moves are queued after the layer's experts, on a copy engine that later forwards share.
+    copies_per_expert : copies that one expert takes; each pays the link's latency.
+    write_back : whether an evicted expert is copied to the host, though its weights never change.
+    kernels : "loop" runs the resident experts one by one, "grouped" all of a layer in one kernel.
+    host : whether missed experts run on the host after the layer's device part ("serial") or beside it ("parallel").
+    host_calls : whether the host is called, and rows are copied, once per missed "expert" or once per "layer".
+    launch : cost of one op: "eager" is the host time of a framework op, "stream" that of a bare kernel launch.
+    ops_per_layer : ops of an MoE layer outside its routed experts (attention, router, shared expert, combine).
+    ops_per_dense_layer : ops of a layer without experts.
+    ops_per_expert : ops of one routed expert in the loop.
+    ops_per_forward : ops outside the layers (embedding, final norm, lm_head, sampling).
+    """
+
+    name: str
+    kv_cache: bool
+    logits: Literal["block", "all"]
+    is_pinned: bool
+    copies: Literal["blocking", "background"]
+    copies_per_expert: int
+    write_back: bool
+    kernels: Literal["loop", "grouped"]
+    host: Literal["serial", "parallel"]
+    host_calls: Literal["expert", "layer"]
+    launch: Literal["eager", "stream"]
+    ops_per_layer: int
+    ops_per_dense_layer: int
+    ops_per_expert: int
+    ops_per_forward: int
+
+    @property
+    def context(self) -> Context:
+        """Context of the workloads that this engine runs: with a KV cache a forward routes just its own block."""
+        return "block" if self.kv_cache else "full"
+
+
+# Ops counted in github.com/ims-kdks/TIDE, model/modeling_llada2_moe.py, as one per kernel that PyTorch launches
+# (views and reshapes without a copy are free). RMSNorm: cast, square, mean, add, rsqrt, multiply, cast, multiply = 8.
+#   attention: qkv 1, q and k norms 16, rotary 2 x (3 multiply and add, negate, 2 concatenate) = 12, repeat k and v 2,
+#     attention 1, contiguous 1, output 1 = 34
+#   router: 2 casts, linear, sigmoid, bias; top-2, sum, top-k, zeros, scatter, expand, cast, not, fill, top-k;
+#     gather, sum, add, divide, scale = 20
+#   dispatch: zeros, scatter, sum, counts to host, sort, divide, gather = 7
+#   combine: scatter, cast, weigh, sum, cast = 5
+#   gated MLP: gate, SiLU, up, multiply, down = 5; the shared expert's is added: 6
+#   layer: 2 norms 16, 2 residual adds 2; hence 34 + 20 + 7 + 5 + 6 + 18 = 90, and 34 + 5 + 18 = 57 for a dense layer
+#   one routed expert: gated MLP 5, copy of its rows into the output 1 = 6
+#   forward: mask test 2, embedding 1, attention mask 3, rotary tables 9, final norm 8, lm_head and cast 2, sampling 12
+_TIDE_AS_CODED = Execution(
+    name="tide-as-coded",
+    kv_cache=False,
+    logits="all",
+    is_pinned=False,
+    copies="blocking",
+    copies_per_expert=3,
+    write_back=True,
+    kernels="loop",
+    host="serial",
+    host_calls="expert",
+    launch="eager",
+    ops_per_layer=90,
+    ops_per_dense_layer=57,
+    ops_per_expert=6,
+    ops_per_forward=37,
+)
+
+# What an engine with fused kernels needs: each norm, rotary of q and of k, and each gated activation is one op.
+#   attention: norm, qkv, q and k norms 2, rotary 2, cache writes 2, attention, output, residual add = 10
+#   router: norm, linear, sigmoid, bias, group scores 2, group top-k, mask, top-k, gather, normalise = 11
+#   shared expert 3; counts to host 2, gather 1; weighted sum, shared and residual add 3; hence 30 for an MoE layer
+#   dense layer: attention 10, norm 1, gated MLP 3, residual add 1 = 15; one routed expert run alone: 3
+#   forward: embedding, rotary table, final norm, lm_head, cast, softmax, best, threshold, select, write = 10
+_OVERLAPPED = Execution(
+    name="overlapped",
+    kv_cache=True,
+    logits="block",
+    is_pinned=True,
+    copies="background",
+    copies_per_expert=1,
+    write_back=False,
+    kernels="grouped",
+    host="parallel",
+    host_calls="layer",
+    launch="stream",
+    ops_per_layer=30,
+    ops_per_dense_layer=15,
+    ops_per_expert=3,
+    ops_per_forward=10,
+)
+
+EXECUTIONS = {preset.name: preset for preset in (_TIDE_AS_CODED, _OVERLAPPED)}
+
+
+def execution(name: str) -> Execution:
+    """The preset called `name`. Raise InputError, with the nearest name, if there is none.
+
+    Examples
+    --------
+    >>> execution("overlapped").copies
+    'background'
+    """
+    if name not in EXECUTIONS:
+        raise InputError(f"no execution {name!r}; {nearest_name(name, EXECUTIONS)}")
+    return EXECUTIONS[name]
