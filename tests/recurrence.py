@@ -124,6 +124,5 @@ def fetch(clock, costs, residency, policy, info, layer, counts, missed, needed, 
             if costs.evict_bytes:
                 ready = clock.copy("d2h", ready, costs.evict_ns)
         clock.wait(layer, "copy_wait", clock.copy("h2d", ready, costs.promote_ns))
-        kernel = int(costs.loop_ns[counts[swap.promote]])
-        clock.compute(layer, "device", kernel, max(0, costs.expert_launch_ns - kernel))
+        clock.compute(layer, "device", *costs.alone_ns(int(costs.loop_ns[counts[swap.promote]])))
         ran[swap.promote] = clock.now

@@ -16,6 +16,7 @@ from tidesim.execution import (
     execution,
     largest_budget,
 )
+from tidesim.hardware import Link
 from tidesim.moe import load_moe_config
 
 
@@ -43,6 +44,21 @@ def test_the_presets_say_what_the_published_engines_do():
     assert (ours.kv_cache, ours.is_pinned, ours.copies, ours.write_back) == (True, True, "background", False)
     assert (ours.kernels, ours.host, ours.host_calls, ours.copies_per_expert) == ("grouped", "parallel", "layer", 1)
     assert all(name == preset.name for name, preset in EXECUTIONS.items())
+
+
+def test_the_presets_of_our_engine_differ_where_their_devices_do():
+    engine, emulated, disk = execution("engine"), execution("emulated"), execution("disk")
+    assert (engine.kv_cache, engine.logits, engine.is_pinned, engine.copies) == (True, "block", True, "background")
+    assert (engine.kernels, engine.host, engine.host_calls, engine.launch) == ("grouped", "parallel", "layer", "eager")
+    assert (engine.copies_per_expert, engine.write_back, engine.is_async, engine.home) == (1, False, True, "host")
+    ops = {"ops_per_layer": 74, "ops_per_dense_layer": 51, "ops_per_forward": 40}
+    assert emulated == replace(engine, name="emulated", is_async=False, **ops)
+    assert disk == replace(emulated, name="disk", home="disk", host="serial")
+
+
+def test_a_disk_takes_nothing_back():
+    with pytest.raises(ValueError, match=r"plain: write_back\(=True\) must be False with home 'disk'"):
+        toy_execution(home="disk", write_back=True)
 
 
 def test_unknown_executions_name_the_nearest():
@@ -73,6 +89,19 @@ def test_launching_costs_only_what_outlasts_the_kernels():
     assert ints(*costs(hardware=slow).layer_ns(*one)) == ([1000], [300])
     assert ints(*costs(hardware=slow, launch="stream").layer_ns(*one)) == ([1000], [0])
     assert ints(*costs(hardware=slow, ops_per_forward=11).head_ns(*one[:1], np.array([3]))) == ([1000], [430])
+
+
+def test_launches_that_wait_for_their_kernels_cost_their_full_time():
+    made = costs(hardware=hardware("device", eager_op_s=130e-9), is_async=False)
+    rows, context = np.array([3, 3]), np.array([0, 15])
+    assert ints(*made.layer_ns(rows, context)) == ([1000, 2000], [1300, 1300])
+    assert ints(*made.entry_ns(rows, context)) == ([200, 200], [0, 0])
+    assert ints(*made.head_ns(rows, np.array([3, 0]))) == ([1000, 0], [1300, 0])
+    assert made.experts_ns(200, 2, 6) == (200, 1300)
+    assert made.alone_ns(100) == (100, 650)
+    assert made.experts_ns(0, 0, 0) == (0, 0)
+    grouped = costs(hardware=hardware("device", eager_op_s=130e-9), is_async=False, kernels="grouped")
+    assert grouped.experts_ns(200, 2, 6) == (200, 0)
 
 
 def test_the_entry_is_the_embedding_and_the_dense_layers():
@@ -115,6 +144,7 @@ def test_the_loop_hides_its_launches_under_its_kernels():
     assert made.experts_ns(200, 2, 6) == (200, 100)
     assert made.experts_ns(0, 0, 0) == (0, 0)
     assert costs().experts_ns(200, 2, 6) == (200, 0)
+    assert (made.alone_ns(100), made.alone_ns(170)) == ((100, 50), (170, 0))
 
 
 def test_the_grouped_kernel_is_one_fixed_part_and_one_roofline():
@@ -162,6 +192,19 @@ def test_unified_memory_copies_nothing():
     made = costs(hardware=unified, write_back=True, max_rows=2)
     assert (made.promote_ns, made.evict_ns, made.promote_bytes, made.evict_bytes) == (0, 0, 0, 0)
     assert made.host_expert_ns.tolist() == [0, 550, 550]
+
+
+@pytest.mark.parametrize("is_unified", [True, False])
+def test_an_expert_on_disk_is_read_whole_and_no_row_travels(is_unified):
+    # A read is 20 + 24 bytes at 0.08 a ns; an expert on the host is 500, its call 50.
+    machine = replace(toy_hardware(), nvme=Link(bytes_per_s=0.08e9, latency_s=20e-9))
+    if is_unified:
+        machine = replace(machine, is_unified=True, links=None)
+    made = costs(hardware=machine, home="disk", max_rows=2)
+    assert (made.promote_ns, made.evict_ns, made.promote_bytes, made.evict_bytes) == (320, 0, 24, 0)
+    assert made.host_expert_ns.tolist() == [0, 870, 870]
+    per_layer = costs(hardware=machine, home="disk", max_rows=2, host_calls="layer")
+    assert ints(per_layer.host_expert_ns, per_layer.host_layer_ns) == ([0, 820, 820], [0, 50, 50])
 
 
 def test_experts_of_fewer_bits_move_and_stream_faster():
@@ -269,6 +312,18 @@ def test_unified_memory_stores_each_expert_once(mini, a100):
     small = replace(shared, device=replace(a100.device, memory_bytes=32 * GIB))
     with pytest.raises(BudgetError, match="not even a budget of 0 fits"):
         check_memory(mini, small, execution("overlapped"), 1, 1024)
+
+
+def test_experts_on_disk_need_no_host_memory_and_keep_to_the_budget(mini, a100):
+    poor = replace(a100, host=replace(a100.host, memory_bytes=GIB), is_unified=True, links=None)
+    disk = execution("disk")
+    assert check_memory(mini, poor, disk, 64, 1024).experts == mini.experts_bytes(64)
+    assert check_memory(mini, replace(poor, is_unified=False), disk, 64, 1024).experts == mini.experts_bytes(64)
+    small = replace(poor, device=replace(poor.device, memory_bytes=16 * GIB))
+    largest = largest_budget(mini, small, disk, 1024)
+    assert 64 < largest < 128
+    with pytest.raises(BudgetError, match=f"the largest budget that fits is {largest} experts a layer"):
+        check_memory(mini, small, disk, largest + 1, 1024)
 
 
 def test_one_machine_wide_duration_per_thing_is_a_whole_number():

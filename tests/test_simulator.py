@@ -6,50 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrence import timed_by_hand
+from simulator_cases import MIXED, SWAPPED, cases, hardware, parts, play, run_case
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim.errors import BudgetError, InputError
-from tidesim.execution import execution
-from tidesim.hardware import load_hardware
+from tidesim.execution import EXECUTIONS, execution
+from tidesim.hardware import Link, load_hardware
 from tidesim.moe import load_moe_config
-from tidesim.policies import POLICIES, policy
+from tidesim.policies import policy
 from tidesim.residency import Moves
 from tidesim.shipped import shipped_names
 from tidesim.simulator import simulate
-
-# Rows of counts for the eight experts of the toy network: three rows, two experts each.
-SWAPPED = [0, 0, 3, 3, 0, 0, 0, 0]
-MIXED = [2, 2, 1, 1, 0, 0, 0, 0]
-
-
-def hardware(part: str, **changes):
-    plain = toy_hardware()
-    return replace(plain, **{part: replace(getattr(plain, part), **changes)})
-
-
-def play(tables, name="tide", *, budget=2, machine=None, kinds=None, steps=None, first_block=False, **changes):
-    """The timetable as sorted (resource, name, start, end), and the result, of forwards with one MoE layer each."""
-    workload = toy_workload(*([row] for row in tables), kinds=kinds, steps=steps, first_block=first_block)
-    params = {"popularity": [[2, 2, 1, 1, 0, 0, 0, 0]]} if name == "static" else {}
-    timeline = []
-    result = simulate(
-        workload,
-        TOY,
-        machine or toy_hardware(),
-        policy(name, **params),
-        budget=budget,
-        execution=toy_execution(**changes),
-        timeline=timeline,
-        is_memory_checked=False,
-    )
-    timeline.sort(key=lambda interval: (interval.start_ns, interval.resource))
-    return [tuple(interval[:4]) for interval in timeline], result
-
-
-def parts(result, layer="0"):
-    """Nanoseconds of one layer, in the order of `PARTS`."""
-    return [round(1e9 * seconds) for seconds in result.breakdown_by_layer_s[layer].values()]
-
 
 # --- timetables ---
 
@@ -109,6 +76,24 @@ def test_grouped_experts_are_one_kernel():
     fixed = hardware("device", grouped_overhead_s=40e-9, eager_op_s=20e-9)
     _, result = play([[3, 3, 0, 0, 0, 0, 0, 0]], "static", machine=fixed, kernels="grouped")
     assert parts(result) == [1000, 240, 0, 0, 0]
+
+
+def test_launches_that_wait_for_their_kernels_cost_all_of_their_time():
+    # Ops as above: 10 x 130 for the dense part and for the head, 2 x 5 x 130 for the experts.
+    slow = hardware("device", eager_op_s=130e-9)
+    timeline, result = play([[3, 3, 0, 0, 0, 0, 0, 0]], "static", machine=slow, is_async=False)
+    assert timeline == [
+        ("device", "entry", 0, 200),
+        ("device", "dense", 200, 1200),
+        ("device", "experts", 2500, 2700),
+        ("device", "head", 4000, 5000),
+    ]
+    assert parts(result) == [1000, 200, 2600, 0, 0]
+    assert parts(result, "outside") == [1200, 0, 1300, 0, 0]
+    assert result.makespan_ns == 6300
+    assert result.busy_ns["device"] == 2400
+    _, result = play([[3, 3, 0, 0, 0, 0, 0, 0]], "static", machine=slow, is_async=False, kernels="grouped")
+    assert parts(result) == [1000, 200, 1300, 0, 0]
 
 
 def test_blocking_moves_come_before_the_experts_evictions_first():
@@ -312,6 +297,58 @@ def test_a_policy_that_leaves_out_a_missed_expert_is_refused():
         simulate(workload, TOY, toy_hardware(), lazy, budget=2, execution=toy_execution(), is_memory_checked=False)
 
 
+# --- a drive below the device ---
+
+
+def disk_machine():
+    """Host memory is the device, and the drive reads an expert in 20 + 300 ns."""
+    return replace(toy_hardware(), is_unified=True, links=None, nvme=Link(bytes_per_s=0.08e9, latency_s=20e-9))
+
+
+def test_a_missed_expert_is_read_from_the_drive_before_the_host_computes_it():
+    # 320 to read, 50 the call, 500 to compute; no rows travel.
+    timeline, result = play([MIXED], "static", machine=disk_machine(), home="disk")
+    assert timeline[2:] == [
+        ("device", "experts", 1200, 1400),
+        ("host", "experts", 1400, 3140),
+        ("device", "head", 3140, 4140),
+    ]
+    assert parts(result) == [1000, 200, 0, 1740, 0]
+    _, result = play([MIXED], "static", machine=disk_machine(), home="disk", host_calls="layer")
+    assert parts(result)[3] == 50 + 2 * 820
+
+
+@pytest.mark.parametrize("machine", [disk_machine(), replace(toy_hardware(), nvme=disk_machine().nvme)])
+def test_promotions_from_a_disk_are_reads_whatever_links_there_are(machine):
+    timeline, result = play([SWAPPED], machine=machine, home="disk")
+    assert timeline[2:] == [
+        ("h2d", "promote 2", 1200, 1520),
+        ("h2d", "promote 3", 1520, 1840),
+        ("device", "experts", 1840, 2040),
+        ("device", "head", 2040, 3040),
+    ]
+    assert (result.promotions, result.evictions, result.num_copies) == (2, 2, 2)
+    assert (result.h2d_bytes, result.d2h_bytes) == (48, 0)
+
+
+def test_reads_in_the_background_are_waited_for_by_those_who_need_them():
+    # A read takes 20 + 2400. The first forward misses two experts: a read, 50 and 500 for each.
+    machine = replace(disk_machine(), nvme=Link(bytes_per_s=0.01e9, latency_s=20e-9))
+    timeline, result = play([SWAPPED, SWAPPED], machine=machine, home="disk", copies="background")
+    host_end = 1200 + 2 * (2420 + 550)
+    assert timeline[2:] == [
+        ("host", "experts", 1200, host_end),
+        ("device", "head", host_end, host_end + 1000),
+        ("h2d", "promote 2", host_end, host_end + 2420),
+        ("device", "entry", host_end + 1000, host_end + 1200),
+        ("device", "dense", host_end + 1200, host_end + 2200),
+        ("h2d", "promote 3", host_end + 2420, host_end + 4840),
+        ("device", "experts", host_end + 4840, host_end + 5040),
+        ("device", "head", host_end + 5040, host_end + 6040),
+    ]
+    assert parts(result)[4] == 4840 - 2200
+
+
 # --- golden counts ---
 
 
@@ -433,56 +470,6 @@ def test_unified_memory_moves_experts_for_nothing():
 # --- properties ---
 
 
-@st.composite
-def cases(draw: st.DrawFn):
-    """A model, a machine, an execution, a policy and a workload with up to two layers."""
-    num_layers, num_rows = draw(st.integers(1, 2)), draw(st.integers(1, 4))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    num_forwards = draw(st.integers(1, 6))
-    picks = np.argsort(rng.random((num_forwards, num_layers, num_rows, 8)) - rng.random(8), axis=-1)[..., :2]
-    counts = (picks[..., None] == np.arange(8)).sum(axis=(2, 3))
-    kinds = "".join(draw(st.lists(st.sampled_from("ddddcp"), min_size=num_forwards, max_size=num_forwards)))
-    workload = toy_workload(*counts, kinds=kinds, first_block=draw(st.booleans()))
-    name = draw(st.sampled_from(sorted(POLICIES)))
-    budgets = (
-        [8] * num_layers
-        if name == "all-device"
-        else draw(st.lists(st.integers(1, 8), min_size=num_layers, max_size=num_layers))
-    )
-    params = {"popularity": counts.sum(axis=0)} if name == "static" else {}
-    if name.startswith("tide"):
-        params = {"refresh_interval": draw(st.integers(1, 3))}
-    choices = {
-        "is_pinned": st.booleans(),
-        "copies": st.sampled_from(["blocking", "background"]),
-        "copies_per_expert": st.sampled_from([1, 3, 200]),
-        "write_back": st.booleans(),
-        "kernels": st.sampled_from(["loop", "grouped"]),
-        "host": st.sampled_from(["serial", "parallel"]),
-        "host_calls": st.sampled_from(["expert", "layer"]),
-    }
-    used = toy_execution(**{key: draw(choice) for key, choice in choices.items()})
-    machine = hardware(
-        "device", eager_op_s=draw(st.sampled_from([0.0, 30e-9])), gemm_overhead_s=draw(st.sampled_from([0.0, 150e-9]))
-    )
-    return workload, replace(TOY, num_layers=num_layers), machine, (name, params), budgets, used
-
-
-def run_case(case, **changes):
-    workload, model, machine, (name, params), budgets, used = case
-    return simulate(
-        workload,
-        model,
-        changes.get("machine", machine),
-        policy(name, **params),
-        budget=budgets,
-        execution=used,
-        decisions=changes.get("decisions"),
-        timeline=changes.get("timeline"),
-        is_memory_checked=False,
-    )
-
-
 @settings(max_examples=200, deadline=None)
 @given(cases())
 def test_the_clock_agrees_with_a_recurrence_written_without_simpy(case):
@@ -566,8 +553,9 @@ def test_serial_host_work_is_never_faster_than_parallel(case):
     assert run_case((*rest, replace(used, host="parallel"))).makespan_ns <= serial
 
 
-@pytest.mark.parametrize(("name", "context"), [("overlapped", "block"), ("tide-as-coded", "full")])
-def test_the_presets_run(name, context):
+@pytest.mark.parametrize("name", EXECUTIONS)
+def test_the_presets_run(name):
+    context = execution(name).context
     workload = toy_workload([MIXED], [SWAPPED], context=context)
     result = run_with(workload, execution=execution(name))
     assert (result.execution, result.context) == (name, context)

@@ -87,6 +87,8 @@ def toy_execution(**changes: object) -> Execution:
         host="serial",
         host_calls="expert",
         launch="eager",
+        is_async=True,
+        home="host",
         ops_per_layer=10,
         ops_per_dense_layer=10,
         ops_per_expert=5,

@@ -181,8 +181,7 @@ class _Routed:
 
     def alone(self, layer: int, expert: int) -> tuple[int, int]:
         """Kernels of one expert run alone on the device, and the launch time that they do not hide."""
-        kernel_ns = int(self._loop_ns[layer, expert])
-        return kernel_ns, max(0, self._costs.expert_launch_ns - kernel_ns)
+        return self._costs.alone_ns(int(self._loop_ns[layer, expert]))
 
 
 class _Run:

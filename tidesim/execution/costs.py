@@ -25,8 +25,8 @@ class Costs:
     expert_launch_ns : launching the ops of one such expert.
     host_expert_ns : [max_rows + 1], one missed expert on the host, by its rows; 0 for 0 rows.
     host_layer_ns : [max_rows + 1], what a layer's host part costs besides its experts, by the rows that travel.
-    promote_ns, evict_ns : one expert host to device, and out again (0 without write-back).
-    promote_bytes, evict_bytes : bytes that go over the link for them (0 where nothing is copied).
+    promote_ns, evict_ns : one expert from its home to the device, and out again (0 without write-back).
+    promote_bytes, evict_bytes : bytes that are copied or read for them (0 where nothing is).
     """
 
     def __init__(self, model: MoEConfig, hardware: Hardware, execution: Execution, max_rows: int) -> None:
@@ -54,7 +54,7 @@ class Costs:
         model = self.model
         params = model.attention_params + model.router_params + model.shared_params
         kernel_ns = _ns(self._layer_s(params, tokens, context_tokens))
-        return kernel_ns, _excess(kernel_ns, self._launch_ns(self.execution.ops_per_layer))
+        return kernel_ns, self._unhidden_ns(kernel_ns, self._launch_ns(self.execution.ops_per_layer))
 
     def entry_ns(self, tokens: Rows, context_tokens: Rows) -> tuple[Ints, Ints]:
         """The same of what comes before the MoE layers: the embedding (rows read and written) and the dense layers."""
@@ -62,7 +62,8 @@ class Costs:
         params = model.attention_params + model.dense_mlp_params
         embedding_s = 2 * _wide(tokens) * model.hidden_bytes / self.hardware.device.bytes_per_s
         kernel_ns = _ns(embedding_s + num_dense * self._layer_s(params, tokens, context_tokens))
-        return kernel_ns, _excess(kernel_ns, self._launch_ns(num_dense * self.execution.ops_per_dense_layer))
+        launch_ns = self._launch_ns(num_dense * self.execution.ops_per_dense_layer)
+        return kernel_ns, self._unhidden_ns(kernel_ns, launch_ns)
 
     def head_ns(self, tokens: Rows, logit_tokens: Rows) -> tuple[Ints, Ints]:
         """The same of what comes after the layers: lm_head over the rows that need logits, and sampling.
@@ -73,9 +74,9 @@ class Costs:
         vocab, device = self.model.vocab_params, self.hardware.device
         flops = 2 * _wide(tokens if self.execution.logits == "all" else logit_tokens) * vocab
         kernel_ns = _ns(_roofline_s(2 * vocab, flops, device.bytes_per_s, device.flops_per_s))
-        excess_ns = _excess(kernel_ns, self._launch_ns(self.execution.ops_per_forward))
+        launch_ns = self._unhidden_ns(kernel_ns, self._launch_ns(self.execution.ops_per_forward))
         has_head = _wide(logit_tokens) > 0
-        return np.where(has_head, kernel_ns, 0), np.where(has_head, excess_ns, 0)
+        return np.where(has_head, kernel_ns, 0), np.where(has_head, launch_ns, 0)
 
     # --- routed experts on the device ---
 
@@ -88,9 +89,13 @@ class Costs:
         if not num_active:
             return 0, 0
         if self.execution.kernels == "loop":
-            return loop_kernel_ns, max(0, num_active * self.expert_launch_ns - loop_kernel_ns)
+            return loop_kernel_ns, int(self._unhidden_ns(loop_kernel_ns, num_active * self.expert_launch_ns))
         work_ns = max(int(self._grouped_bytes_ns[num_active]), int(self._grouped_flops_ns[num_rows]))
         return self._grouped_overhead_ns + work_ns, 0
+
+    def alone_ns(self, loop_kernel_ns: int) -> tuple[int, int]:
+        """The same of one expert that runs alone because it was fetched; `loop_kernel_ns` is its `loop_ns`."""
+        return loop_kernel_ns, int(self._unhidden_ns(loop_kernel_ns, self.expert_launch_ns))
 
     # --- how the figures come about ---
 
@@ -106,6 +111,12 @@ class Costs:
         device = self.hardware.device
         op_s = device.eager_op_s if self.execution.launch == "eager" else device.kernel_launch_s
         return _ns(num_ops * op_s)
+
+    def _unhidden_ns(self, kernel_ns: Ints | int, launch_ns: Ints | int) -> Ints:
+        """What launching adds to the time of the kernels."""
+        hidden_ns = kernel_ns if self.execution.is_async else np.zeros_like(kernel_ns)
+        unhidden_ns: Ints = np.maximum(launch_ns - hidden_ns, 0)
+        return unhidden_ns
 
     def _loop_s(self, rows: Ints) -> Floats:
         model, device = self.model, self.hardware.device
@@ -125,15 +136,20 @@ class Costs:
         model, host = self.model, self.hardware.host
         flops = 2 * rows * model.expert_params
         work_s = _roofline_s(model.expert_bytes, flops, host.bytes_per_s, host.bf16_flops_per_s)
+        if self.execution.home == "disk":
+            work_s = work_s + self._read_s()
         call_s = host.call_overhead_s + self._rows_s(rows)
         if self.execution.host_calls == "expert":
             return _table(call_s + work_s), np.zeros_like(rows)
         return _table(work_s), _table(call_s)
 
     def _rows_s(self, rows: Ints) -> Floats:
-        """Seconds to copy the hidden states of `rows` tokens to the host and back. They do not queue behind weights."""
+        """Seconds to copy the hidden states of `rows` tokens to the host and back. They do not queue behind weights.
+
+        Nothing where they are on the host already: with unified memory, or where the device is host memory.
+        """
         links = self.hardware.links
-        if links is None:
+        if links is None or self.execution.home == "disk":
             return np.zeros(len(rows))
         pinned = self.execution.is_pinned
         out, back = (links.d2h_pinned, links.h2d_pinned) if pinned else (links.d2h_pageable, links.h2d_pageable)
@@ -141,19 +157,24 @@ class Costs:
         return out.latency_s + num_bytes / out.bytes_per_s + back.latency_s + num_bytes / back.bytes_per_s
 
     def _copy_costs(self) -> None:
-        """Copies of weights. Without links (unified memory) nothing is copied, and moves are free."""
+        """Copies of weights. Where device and host share the memory they live in, nothing is copied: moves are free."""
         links, execution = self.hardware.links, self.execution
         self.promote_ns = self.evict_ns = self.promote_bytes = self.evict_bytes = 0
-        if links is None:
-            return
-        # Write-back in the background keeps both directions busy at once.
-        share = links.duplex_factor if execution.write_back and execution.copies == "background" else 1.0
-        self.promote_ns = self._expert_copy_ns(links.h2d_pinned if execution.is_pinned else links.h2d_pageable, share)
-        self.promote_bytes = self.model.expert_bytes
-        if execution.write_back:
-            # Unpinned, the evicted expert lands in memory that is allocated for it on the spot.
-            self.evict_ns = self._expert_copy_ns(links.d2h_pinned if execution.is_pinned else links.d2h_fresh, share)
-            self.evict_bytes = self.model.expert_bytes
+        if execution.home == "disk":
+            self.promote_ns, self.promote_bytes = int(_ns(self._read_s())), self.model.expert_bytes
+        elif links is not None:
+            # Write-back in the background keeps both directions busy at once.
+            share = links.duplex_factor if execution.write_back and execution.copies == "background" else 1.0
+            promotion = links.h2d_pinned if execution.is_pinned else links.h2d_pageable
+            self.promote_ns, self.promote_bytes = self._expert_copy_ns(promotion, share), self.model.expert_bytes
+            if execution.write_back:
+                # Unpinned, the evicted expert lands in memory that is allocated for it on the spot.
+                eviction = links.d2h_pinned if execution.is_pinned else links.d2h_fresh
+                self.evict_ns, self.evict_bytes = self._expert_copy_ns(eviction, share), self.model.expert_bytes
+
+    def _read_s(self) -> float:
+        """Seconds of one expert's read from the drive."""
+        return self.hardware.nvme.copy_s(self.model.expert_bytes)
 
     def _expert_copy_ns(self, link: Link, share: float) -> int:
         transfer_s = self.model.expert_bytes / (link.bytes_per_s * share)
@@ -180,8 +201,3 @@ def _table(seconds: Floats) -> Ints:
     table = _ns(seconds)
     table[0] = 0
     return table
-
-
-def _excess(kernel_ns: Ints, launch_ns: Ints) -> Ints:
-    excess_ns: Ints = np.maximum(launch_ns - kernel_ns, 0)
-    return excess_ns

@@ -18,7 +18,8 @@ class DeviceMemory:
 
     Parameters
     ----------
-    experts : the slots of all layers; on a unified-memory machine every expert, as each is stored once.
+    experts : the slots of all layers; on a unified-memory machine every expert, as each is stored once (unless they
+        live on a disk).
     non_experts : everything else that has weights.
     kv_cache : keys and values of the longest sequence; 0 without a cache.
     transient : the larger of two peaks. Head: logits in bf16 and fp32 of every row that gets some, and fp32
@@ -55,7 +56,8 @@ def device_memory(
     """
     if reserve_bytes is None:
         reserve_bytes = max(3 * GIB // 2, hardware.device.memory_bytes // 10)
-    slots = sum(per_layer(model.num_experts if hardware.is_unified else budget, model.num_layers, "budget"))
+    stored = model.num_experts if execution.has_all_on_device(hardware) else budget
+    slots = sum(per_layer(stored, model.num_layers, "budget"))
     head_rows = max_tokens if execution.logits == "all" else model.block_length
     head = model.vocab_size * (head_rows * (2 + 4) + model.block_length * 4)
     experts = max_tokens * model.top_k * model.hidden_size * (3 * 2 + 4)
@@ -76,7 +78,7 @@ def largest_budget(
     room = hardware.device.memory_bytes - need.total
     if room < 0:
         raise BudgetError(f"{_figures(model, hardware, need)}; not even a budget of 0 fits, a larger device is needed.")
-    if hardware.is_unified:
+    if execution.has_all_on_device(hardware):
         return model.num_experts
     return min(model.num_experts, room // (model.num_layers * model.expert_bytes))
 
@@ -92,7 +94,7 @@ def check_memory(
     """What `device_memory` says, if it fits.
 
     Raise BudgetError with every figure and the largest budget that fits, if a budget exceeds the number of experts,
-    the device's memory is exceeded, or the experts of all layers exceed the host's memory (where they all have a home).
+    the device's memory is exceeded, or the experts of all layers exceed the host's memory (where that is their home).
     """
     check_budgets(per_layer(budget, model.num_layers, "budget"), model.num_experts)
     need = device_memory(model, hardware, execution, budget, max_tokens, reserve_bytes)
@@ -102,7 +104,7 @@ def check_memory(
             f"{_figures(model, hardware, need)}; the largest budget that fits is {largest} experts a layer."
         )
     all_experts = model.experts_bytes(model.num_experts)
-    if not hardware.is_unified and all_experts > hardware.host.memory_bytes:
+    if execution.home == "host" and not hardware.is_unified and all_experts > hardware.host.memory_bytes:
         raise BudgetError(
             f"the experts of {model.name} take {all_experts / GIB:.2f} GiB in all, and the host of {hardware.name} has "
             f"{hardware.host.memory_bytes / GIB:.2f} GiB; store them in fewer bits, or take a host with more memory."

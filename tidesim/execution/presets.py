@@ -1,9 +1,10 @@
 """What an engine may do its own way, and the engines that are known: `EXECUTIONS`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tidesim.errors import InputError, nearest_name
+from tidesim.hardware import Hardware
 from tidesim.workload import Context
 
 
@@ -25,10 +26,16 @@ class Execution:
     host : whether missed experts run on the host after the layer's device part ("serial") or beside it ("parallel").
     host_calls : whether the host is called, and rows are copied, once per missed "expert" or once per "layer".
     launch : cost of one op: "eager" is the host time of a framework op, "stream" that of a bare kernel launch.
+    is_async : whether launches run ahead of the kernels and so cost only where they outlast them; without, as where
+        the device is a CPU, the cost of every op adds to its kernels.
+    home : where experts that are not on the device live: in "host" memory, or on a "disk". From a disk a promotion is
+        one read, and an expert that the host computes is read first; the device is then the memory that it is read to.
     ops_per_layer : ops of an MoE layer outside its routed experts (attention, router, shared expert, combine).
     ops_per_dense_layer : ops of a layer without experts.
     ops_per_expert : ops of one routed expert in the loop.
     ops_per_forward : ops outside the layers (embedding, final norm, lm_head, sampling).
+
+    Raise ValueError if evicted experts were to be written back to a disk, which has them still.
     """
 
     name: str
@@ -42,15 +49,25 @@ class Execution:
     host: Literal["serial", "parallel"]
     host_calls: Literal["expert", "layer"]
     launch: Literal["eager", "stream"]
+    is_async: bool
+    home: Literal["host", "disk"]
     ops_per_layer: int
     ops_per_dense_layer: int
     ops_per_expert: int
     ops_per_forward: int
 
+    def __post_init__(self) -> None:
+        if self.home == "disk" and self.write_back:
+            raise ValueError(f"{self.name}: write_back(=True) must be False with home 'disk': its files never change.")
+
     @property
     def context(self) -> Context:
         """Context of the workloads that this engine runs: with a KV cache a forward routes just its own block."""
         return "block" if self.kv_cache else "full"
+
+    def has_all_on_device(self, hardware: Hardware) -> bool:
+        """Whether every expert is on the device whatever the budget: host and device share the memory they live in."""
+        return hardware.is_unified and self.home == "host"
 
 
 # Ops counted in github.com/ims-kdks/TIDE, model/modeling_llada2_moe.py, as one per kernel that PyTorch launches
@@ -77,6 +94,8 @@ _TIDE_AS_CODED = Execution(
     host="serial",
     host_calls="expert",
     launch="eager",
+    is_async=True,
+    home="host",
     ops_per_layer=90,
     ops_per_dense_layer=57,
     ops_per_expert=6,
@@ -101,13 +120,66 @@ _OVERLAPPED = Execution(
     host="parallel",
     host_calls="layer",
     launch="stream",
+    is_async=True,
+    home="host",
     ops_per_layer=30,
     ops_per_dense_layer=15,
     ops_per_expert=3,
     ops_per_forward=10,
 )
 
-EXECUTIONS = {preset.name: preset for preset in (_TIDE_AS_CODED, _OVERLAPPED)}
+# tidesim's own engine on an accelerator. Ops counted in tidesim/engine, model.py and generate.py, as for the published
+# code, in bf16. RMSNorm casts its input twice: 2 casts, square, mean, add, rsqrt, multiply, cast, multiply = 9.
+#   attention: qkv 1, q and k norms 18, rotary 2 x (negate, 2 concatenate, 2 multiply, add) = 12, cache writes 2,
+#     repeat k and v 2, attention 1, contiguous 1, output 1 = 38
+#   router: 2 casts, linear, sigmoid, bias; top-2, sum, top-k; ones, scatter, clone and fill of the masked choice;
+#     top-k, gather, sum, add, divide, scale = 18
+#   routed experts, all but their kernel: dispatch and combine 12
+#   gated MLP: gate, SiLU, up, multiply, down = 5; the shared expert's, with the cast of the routed sum and the add: 7
+#   layer: 2 norms 18, 2 residual adds 2; hence 38 + 18 + 12 + 7 + 20 = 95, and 38 + 5 + 20 = 63 for a dense layer
+#   one routed expert run alone: gather of its rows 1, gated MLP 5 = 6
+#   sampling: is a mask left 2, number of masks 2 (each a reduction and its copy to the host); mask token's logit 1,
+#     softmax, best, gather = 3, confidences of masks 3, accept 9 (where too few are above the threshold), write 2,
+#     masks left 2, number accepted 2 = 26
+#   forward: embedding 1, rotary tables 8, final norm 9, lm_head and cast 2, sampling 26 = 46
+_ENGINE = Execution(
+    name="engine",
+    kv_cache=True,
+    logits="block",
+    is_pinned=True,
+    copies="background",
+    copies_per_expert=1,
+    write_back=False,
+    kernels="grouped",
+    host="parallel",
+    host_calls="layer",
+    launch="eager",
+    is_async=True,
+    home="host",
+    ops_per_layer=95,
+    ops_per_dense_layer=63,
+    ops_per_expert=6,
+    ops_per_forward=46,
+)
+
+# The same engine where CPU cores are the device. It computes in float32, so all casts of activations fall away, and
+# dispatch and combine are compiled: RMSNorm 6.
+#   attention 38 - 6 = 32, router 18 - 2 = 16, dispatch and combine 6, shared expert 7 - 1 = 6
+#   layer: 2 norms 12, 2 residual adds 2; hence 32 + 16 + 6 + 6 + 14 = 74, and 32 + 5 + 14 = 51 for a dense layer
+#   forward: embedding and its cast 2, rotary tables without copy and casts 5, final norm 6, lm_head 1, sampling 26 = 40
+_EMULATED = replace(
+    _ENGINE,
+    name="emulated",
+    is_async=False,
+    ops_per_layer=74,
+    ops_per_dense_layer=51,
+    ops_per_forward=40,
+)
+
+# The same with experts in their files: the device's memory is the only one, and misses are read and then computed.
+_DISK = replace(_EMULATED, name="disk", home="disk", host="serial")
+
+EXECUTIONS = {preset.name: preset for preset in (_TIDE_AS_CODED, _OVERLAPPED, _ENGINE, _EMULATED, _DISK)}
 
 
 def execution(name: str) -> Execution:

@@ -35,7 +35,7 @@ def measure_room(
     left_bytes = hardware.device.memory_bytes - memory.total
     if left_bytes < 0:
         raise InfeasibleError(_no_room(model, hardware, execution, memory, max_tokens))
-    slots = all_slots if hardware.is_unified else min(all_slots, left_bytes // model.expert_bytes)
+    slots = all_slots if execution.has_all_on_device(hardware) else min(all_slots, left_bytes // model.expert_bytes)
     return Room(memory=memory, slots=slots)
 
 
