@@ -67,7 +67,9 @@ class Worker:
         # lateness on to all that follow.
         start_ns = max(submitted_ns, self._free_ns)
         due_ns = start_ns + least_ns
-        work()
+        # Whether tensors are in inference mode is a matter of each thread.
+        with torch.inference_mode():
+            work()
         end_ns = self._free_ns = max(due_ns, perf_counter_ns())
         sleep_until(due_ns)
         self.busy_ns += end_ns - start_ns
@@ -104,7 +106,7 @@ class CpuBackend:
         self.spans: list[Span] | None = [] if is_detailed else None
         self.workers = {name: Worker(name, self.spans) for name in ("host", "h2d")}
         self.outputs: Floats = np.empty((0, config.hidden_size), np.float32)
-        self._device_cores, self._device_factor = device_cores, device_factor
+        self.device_cores, self._device_factor = device_cores, device_factor
         self.like = kernel.stored_like(dtype)
         self.slabs: list[Tensor] = []
         self._slots_at: list[ExpertWeights] = []
@@ -156,7 +158,7 @@ class CpuBackend:
 
     def _run_on_device(self, batch: Batch, keys: Ints, at: ExpertWeights) -> None:
         start_ns = perf_counter_ns()
-        self.run_experts(self._device_cores, batch.x.numpy(), batch, keys, at, self.outputs)
+        self.run_experts(self.device_cores, batch.x.numpy(), batch, keys, at, self.outputs)
         self.slow_down(start_ns, self._device_factor)
 
     def run_experts(self, cores: Cores, x: Floats, batch: Batch, keys: Ints, at: ExpertWeights, out: Floats) -> None:

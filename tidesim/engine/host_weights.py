@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -81,7 +80,3 @@ class HostWeights:
                 piece.copy_(sequence[shift : shift + numel])
             layers.append(pieces)
         return cls(layers)
-
-    def as_bytes(self, layer: int, expert: int) -> npt.NDArray[np.uint8]:
-        """One expert as it lies in memory."""
-        return self.layers[layer][expert].view(torch.uint8).numpy()

@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
+from tidesim.engine.accelerator import AcceleratorBackend, DeviceCalls
 from tidesim.engine.checkpoint import Checkpoint, load_without_experts, random_without_experts
 from tidesim.engine.cores import Cores, on_cores
+from tidesim.engine.disk import DiskBackend
+from tidesim.engine.drive import Drive
 from tidesim.engine.emulated import EmulatedBackend, Pace
 from tidesim.engine.host_weights import HostWeights
 from tidesim.engine.model import LLaDA2, NetworkConfig
@@ -82,10 +85,18 @@ def engine_execution(kind: str, planned: Execution | None = None) -> Execution:
     return replace(own, name=" ".join([own.name, *differs]), **changes)
 
 
+class Closable(Protocol):
+    """Something that holds threads or files."""
+
+    def close(self) -> None:
+        """Give them back."""
+
+
 class LiveModel:
     """A network on a device, and what it takes to run it under a plan; use it in a `with` statement.
 
-    Made by `open_model` and `dummy_model`. `sizes` are those of the network, its experts' as they are stored.
+    Made by `open_model` and `dummy_model`. `expert_bytes` is what one expert takes as it is stored; `owned` is closed
+    at the end.
     """
 
     def __init__(
@@ -93,17 +104,19 @@ class LiveModel:
         network: LLaDA2,
         sizes: MoEConfig,
         kind: str,
+        expert_bytes: int,
         make_backend: Callable[[bool], Backend],
-        close: Callable[[], None],
+        owned: Sequence[Closable],
     ) -> None:
-        self.network, self.sizes, self.kind = network, sizes, kind
-        self._make_backend, self._close = make_backend, close
+        self.network, self.sizes, self.kind, self.expert_bytes = network, sizes, kind, expert_bytes
+        self._make_backend, self._owned = make_backend, owned
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._close()
+        for thing in self._owned:
+            thing.close()
 
     def start(
         self,
@@ -130,7 +143,7 @@ class LiveModel:
         gathered = 2 * sizes.hidden_size + 3 * sizes.moe_intermediate_size if self.kind == "accelerator" else 0
         experts = pairs * (gathered * number + sizes.hidden_size * 4) + max_tokens * sizes.hidden_size * 4
         return DeviceMemory(
-            experts=sum(budgets) * sizes.expert_bytes,
+            experts=sum(budgets) * self.expert_bytes,
             non_experts=sum(tensor.nbytes for tensor in tensors),
             kv_cache=max_tokens * sizes.kv_bytes_per_token * number // 2 if execution.kv_cache else 0,
             transient=max(head, experts),
@@ -143,18 +156,26 @@ def open_model(folder: Path, settings: DeviceSettings) -> LiveModel:
 
     Raise ModelError for an unusable folder.
     """
-    checkpoint, kind = Checkpoint(folder), settings.kind
+    checkpoint, sizes = Checkpoint(folder), load_moe_config(str(folder))
+    if settings.kind == "disk":
+        return _on_drive(load_without_experts(checkpoint), sizes, folder, settings)
+    if settings.kind == "accelerator":
+        calls = DeviceCalls()
+        network = load_without_experts(checkpoint, device=calls.device)
+        weights = HostWeights.staged(checkpoint, network.config, calls.pinned)
+        return _on_accelerator(network, sizes, weights, settings, calls)
     network = load_without_experts(checkpoint)
-    sizes = load_moe_config(str(folder))
-    weights = HostWeights.staged(checkpoint, network.config)
-    return _on_device(network, sizes, weights, settings, kind)
+    return _on_cores(network, sizes, HostWeights.staged(checkpoint, network.config), settings)
 
 
 def dummy_model(shape: Path, settings: DeviceSettings, num_layers: int | None, rng: torch.Generator) -> LiveModel:
     """A model of the shape of a config.json with random bf16 weights, and so many MoE layers; None: all of them.
 
-    Its text means nothing; times and memory are those of the shape. Raise ModelError if there are not so many layers.
+    Its text means nothing; times and memory are those of the shape. Raise ModelError if there are not so many layers,
+    InputError for device "disk", which reads files.
     """
+    if settings.kind == "disk":
+        raise InputError("dummy weights are in no file, and --device disk reads files; take another device.")
     config, sizes = NetworkConfig.from_hf(read_hf_config(shape)), load_moe_config(str(shape))
     if num_layers is not None and not 1 <= num_layers <= sizes.num_layers:
         raise ModelError(f"layers(={num_layers}) must be in 1..{sizes.num_layers}, the MoE layers of {sizes.name}.")
@@ -162,21 +183,43 @@ def dummy_model(shape: Path, settings: DeviceSettings, num_layers: int | None, r
     config = replace(config, num_hidden_layers=config.first_k_dense_replace + num_layers)
     sizes = replace(sizes, num_layers=num_layers, name=f"{sizes.name}, {num_layers} layers of dummy weights")
     network = random_without_experts(config, torch.bfloat16, rng)
-    return _on_device(network, sizes, HostWeights.random(config, torch.bfloat16, rng), settings, settings.kind)
+    if settings.kind == "accelerator":
+        calls = DeviceCalls()
+        weights = HostWeights.random(config, torch.bfloat16, rng, calls.pinned)
+        return _on_accelerator(network.to(calls.device), sizes, weights, settings, calls)
+    return _on_cores(network, sizes, HostWeights.random(config, torch.bfloat16, rng), settings)
 
 
-def _on_device(
-    network: LLaDA2, sizes: MoEConfig, weights: HostWeights, settings: DeviceSettings, kind: str
-) -> LiveModel:
-    """The network computed by this machine's cores, with its experts in host memory."""
+def _on_cores(network: LLaDA2, sizes: MoEConfig, weights: HostWeights, settings: DeviceSettings) -> LiveModel:
+    """Device and host are cores of this machine, and experts are in its memory."""
     device_cores, host_cores = Cores(settings.device_threads), Cores(settings.host_threads)
     on_cores(network, device_cores)
 
     def make_backend(is_detailed: bool) -> Backend:
         return EmulatedBackend(network.config, weights, device_cores, host_cores, settings.pace, is_detailed)
 
-    def close() -> None:
-        device_cores.close()
-        host_cores.close()
+    return LiveModel(network, sizes, settings.kind, weights.expert_bytes, make_backend, (device_cores, host_cores))
 
-    return LiveModel(network, sizes, kind, make_backend, close)
+
+def _on_drive(network: LLaDA2, sizes: MoEConfig, folder: Path, settings: DeviceSettings) -> LiveModel:
+    """This machine's cores are the device, and experts stay in their files."""
+    cores = Cores(settings.device_threads)
+    on_cores(network, cores)
+    drive = Drive(folder, network.config)
+
+    def make_backend(is_detailed: bool) -> Backend:
+        return DiskBackend(network.config, drive, cores, is_detailed)
+
+    return LiveModel(network, sizes, settings.kind, drive.expert_bytes, make_backend, (cores, drive))
+
+
+def _on_accelerator(
+    network: LLaDA2, sizes: MoEConfig, weights: HostWeights, settings: DeviceSettings, calls: DeviceCalls
+) -> LiveModel:
+    """The network on the device that `calls` reaches, and experts in pinned memory."""
+    host_cores = Cores(settings.host_threads)
+
+    def make_backend(is_detailed: bool) -> Backend:
+        return AcceleratorBackend(network.config, weights, host_cores, calls, is_detailed)
+
+    return LiveModel(network, sizes, settings.kind, weights.expert_bytes, make_backend, (host_cores,))

@@ -37,7 +37,7 @@ def measured_result(
     """
     times, backend_ns = offload.times, offload.backend.busy_ns()
     busy_ns = {"device": times.device_ns, "d2h": 0} | backend_ns
-    num_bytes = offload.promotions * live.sizes.expert_bytes
+    num_bytes = offload.promotions * live.expert_bytes
     return RunResult(
         policy=offload.policy.name,
         budget=one_or_each(offload.budgets),
