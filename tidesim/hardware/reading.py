@@ -1,0 +1,199 @@
+"""From the text of a profile to checked figures, with every problem named at once."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from tidesim.errors import ProfileError
+from tidesim.hardware.keys import (
+    COPY_NAMES,
+    FIGURE_KEYS,
+    FIGURE_PARTS,
+    HEADER,
+    KINDS,
+    SCHEMA,
+    Figure,
+    FigureKey,
+    nest,
+    show,
+)
+
+
+def read_yaml(path: Path) -> tuple[object, list[str]]:
+    """What the file holds, and a problem for each key that stands twice (YAML itself would keep the last)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        duplicates = list(_duplicates(root, "$", set()))
+        return yaml.safe_load(text), duplicates
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ProfileError(f"{path}: is not valid YAML ({_yaml_reason(error)}).") from None
+
+
+def _yaml_reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def _duplicates(node: yaml.Node | None, path: str, seen: set[int]) -> Iterator[str]:
+    """A problem for each key that stands twice in one mapping, in the whole tree under `node`."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))  # an alias may point back at its own parent
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _duplicates(item, path, seen)
+    elif isinstance(node, yaml.MappingNode):
+        names: set[str] = set()
+        for key, below in node.value:
+            name = str(key.value)
+            if name in names:
+                line = key.start_mark.line + 1
+                yield f"key {name!r} stands twice, again on line {line}; keep one @ {path}.{name}"
+            names.add(name)
+            yield from _duplicates(below, f"{path}.{name}", seen)
+
+
+# --- checking ---
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Walks the content of one profile and gathers its figures, and every problem with its path."""
+
+    problems: list[str]
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+    def report(self, message: str, path: str) -> None:
+        self.problems.append(f"{message} @ {path}")
+
+    def header(self, content: Mapping[object, object]) -> None:
+        """Check name, description and unified_memory, as far as they are there."""
+        for name in ("name", "description"):
+            if name in content:
+                self.text(content[name], f"$.{name}")
+        if not isinstance(content.get("unified_memory", False), bool):
+            self.report(f"must be true or false, not {show(content['unified_memory'])}", "$.unified_memory")
+
+    def without_copies(self, content: Mapping[object, object]) -> Mapping[object, object]:
+        """`content` of a unified-memory machine without the links that it must leave out, each reported."""
+        links = content.get("links")
+        if not isinstance(links, Mapping):
+            return content
+        for name in COPY_NAMES:
+            if name in links:
+                self.report("must be left out: with unified_memory nothing is copied", f"$.links.{name}")
+        return {**content, "links": {name: node for name, node in links.items() if name not in COPY_NAMES}}
+
+    def text(self, value: object, path: str) -> None:
+        if not isinstance(value, str) or not value.strip():
+            self.report(f"must be text and not empty, not {show(value)}", path)
+
+    def keys(self, node: Mapping[object, object], expected: Mapping[str, str], path: str) -> None:
+        """Report the keys of `node` that are not `expected` (name -> meaning), and those that are missing."""
+        for name in node:
+            if name not in expected:
+                self.report(f"unknown key {str(name)!r}; {nearest(str(name), expected)}", f"{path}.{name}")
+        for name, meaning in expected.items():
+            if name not in node:
+                self.report(f"required key missing: {meaning}", f"{path}.{name}")
+
+    def section(self, node: Mapping[object, object], layout: Mapping[str, object], path: str) -> None:
+        """Read the figures of one section and of those below it; what `node` lacks is left to `keys`."""
+        for name, below in layout.items():
+            here, inner = f"{path}.{name}", node.get(name)
+            if name not in node:
+                continue
+            if isinstance(below, FigureKey):
+                self.figure(inner, below, here)
+            elif isinstance(inner, Mapping) and isinstance(below, dict):
+                self.keys(inner, {key: _meaning(item) for key, item in below.items()}, here)
+                self.section(inner, below, here)
+            else:
+                self.report(f"must be {_meaning(below)}, not {show(inner)}", here)
+
+    def figure(self, node: object, key: FigureKey, path: str) -> None:
+        if not isinstance(node, Mapping):
+            self.report(f"must be written {{value: ..., kind: ..., source: ...}}, not {show(node)}", path)
+            return
+        before = len(self.problems)
+        self.keys(node, FIGURE_PARTS, path)
+        value, kind, source = (node.get(part) for part in FIGURE_PARTS)
+        if isinstance(value, np.generic):
+            value = value.item()  # YAML writes plain numbers only
+        if "value" in node and (problem := key.problem(value)):
+            self.report(problem, f"{path}.value")
+        if "kind" in node and not (isinstance(kind, str) and kind in KINDS):
+            self.report(f"must be one of {', '.join(KINDS)}, not {show(kind)}", f"{path}.kind")
+        if "source" in node:
+            self.text(source, f"{path}.source")
+        if len(self.problems) == before:
+            assert isinstance(value, int | float)
+            self.figures[key.path] = Figure(value, str(kind), str(source))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What a profile holds, all of it allowed; figures by their dotted path, in the unit of their key."""
+
+    name: str
+    description: str
+    is_unified: bool
+    figures: Mapping[str, Figure]
+
+
+def check(content: object, where: str, problems: Iterable[str] = ()) -> Checked:
+    """The figures that `content` holds. Raise ProfileError with `problems` and all others found."""
+    if not isinstance(content, Mapping):
+        raise ProfileError(f"{where}: must be a mapping with the keys of a profile, not {show(content)} @ $")
+    if content.get("schema", SCHEMA) != SCHEMA:
+        # The keys of another format or version are not ours to judge, so this is the only problem named.
+        rule = f"must be {SCHEMA!r}, not {show(content['schema'])}; a newer profile needs a newer tidesim"
+        raise ProfileError(f"{where}: {rule} @ $.schema")
+    reader = _Reader(list(problems))
+    is_unified = _is_unified(content)
+    if is_unified:
+        content = reader.without_copies(content)
+    layout = nest({key.path: key for key in FIGURE_KEYS if not (is_unified and key.is_copy)})
+    reader.keys(content, HEADER | {name: _meaning(below) for name, below in layout.items()}, "$")
+    reader.header(content)
+    reader.section(content, layout, "$")
+    if reader.problems:
+        raise ProfileError("\n".join(f"{where}: {problem}" for problem in reader.problems))
+    return Checked(
+        name=str(content["name"]),
+        description=str(content["description"]),
+        is_unified=is_unified,
+        figures=reader.figures,
+    )
+
+
+def _is_unified(content: Mapping[object, object]) -> bool:
+    """`unified_memory`, or what the links suggest where it is no truth value, so that one slip is one problem."""
+    value, links = content.get("unified_memory"), content.get("links")
+    if isinstance(value, bool):
+        return value
+    return isinstance(links, Mapping) and not any(name in links for name in COPY_NAMES)
+
+
+# --- words for messages ---
+
+
+def _meaning(below: object) -> str:
+    if isinstance(below, FigureKey):
+        return f"{below.description} ({below.unit})"
+    return f"a section with {', '.join(below) if isinstance(below, dict) else below}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(known)}."
