@@ -16,7 +16,7 @@ from tidesim.execution import (
     execution,
     largest_budget,
 )
-from tidesim.hardware import Link
+from tidesim.hardware import Curve, Link
 from tidesim.moe import load_moe_config
 
 
@@ -153,6 +153,40 @@ def test_the_grouped_kernel_is_one_fixed_part_and_one_roofline():
     assert made.experts_ns(0, 2, 6) == (40 + 200, 0)
     assert made.experts_ns(0, 2, 12) == (40 + 288, 0)
     assert made.experts_ns(0, 0, 0) == (0, 0)
+
+
+# 24 operations a row: 200 ns for one row, 200 for two, 300 for four; so 250 for three and 75 for each row above four.
+CURVE = Curve((1, 2, 4), (0.12e9, 0.24e9, 0.32e9))
+
+
+def test_a_curve_of_the_device_replaces_the_roofline_of_an_expert():
+    measured = {"expert_curve": CURVE, "gemm_overhead_s": 7e-9, "eager_op_s": 50e-9, "grouped_overhead_s": 40e-9}
+    loop = costs(hardware=hardware("device", **measured))
+    assert loop.loop_ns.tolist() == [0, 200, 200, 250, 300, 375, 450]
+    assert loop.experts_ns(450, 2, 4) == (450, 50)
+    assert loop.alone_ns(200) == (200, 50)
+    grouped = costs(hardware=hardware("device", **measured), kernels="grouped")
+    assert grouped.loop_ns.tolist() == loop.loop_ns.tolist()
+    assert grouped.experts_ns(450, 2, 4) == (490, 0)
+    assert grouped.experts_ns(0, 0, 0) == (0, 0)
+    # Alone, a fetched expert is a group of one.
+    assert grouped.alone_ns(200) == (240, 0)
+
+
+def test_a_curve_of_the_host_replaces_the_roofline_of_an_expert():
+    made = costs(hardware=hardware("host", expert_curve=CURVE), host_calls="layer")
+    assert made.host_expert_ns.tolist() == [0, 200, 200, 250, 300, 375, 450]
+    assert made.loop_ns.tolist() == costs().loop_ns.tolist()
+
+
+def test_curves_hold_for_weights_of_16_bits_only():
+    curved = replace(hardware("host", expert_curve=CURVE), device=hardware("device", expert_curve=CURVE).device)
+    for kernels in ("loop", "grouped"):
+        made, plain = (costs(TOY.with_weight_bits(8), machine, kernels=kernels) for machine in (curved, None))
+        assert made.loop_ns.tolist() == plain.loop_ns.tolist()
+        assert made.host_expert_ns.tolist() == plain.host_expert_ns.tolist()
+        assert made.experts_ns(450, 2, 4) == plain.experts_ns(450, 2, 4)
+        assert made.alone_ns(200) == plain.alone_ns(200)
 
 
 def test_the_host_is_called_per_expert_or_per_layer():

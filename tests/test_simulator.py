@@ -11,7 +11,7 @@ from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim.errors import BudgetError, InputError
 from tidesim.execution import EXECUTIONS, execution
-from tidesim.hardware import Link, load_hardware
+from tidesim.hardware import Curve, Link, load_hardware
 from tidesim.moe import load_moe_config
 from tidesim.policies import policy
 from tidesim.residency import Moves
@@ -94,6 +94,28 @@ def test_launches_that_wait_for_their_kernels_cost_all_of_their_time():
     assert result.busy_ns["device"] == 2400
     _, result = play([[3, 3, 0, 0, 0, 0, 0, 0]], "static", machine=slow, is_async=False, kernels="grouped")
     assert parts(result) == [1000, 200, 1300, 0, 0]
+
+
+def test_measured_experts_take_their_own_times():
+    # Device: 200 for one row or two. Host: 24 operations at 0.04 a ns are 600; with its call and its row, 870.
+    machine = hardware("device", expert_curve=Curve((1, 2), (0.12e9, 0.24e9)), grouped_overhead_s=40e-9)
+    machine = replace(machine, host=replace(machine.host, expert_curve=Curve((1,), (0.04e9,))))
+    timeline, result = play([MIXED], "static", machine=machine, kernels="grouped")
+    assert timeline[2:] == [
+        ("device", "experts", 1200, 1640),
+        ("host", "experts", 1640, 3380),
+        ("device", "head", 3380, 4380),
+    ]
+    timeline, result = play([FETCHED], "lru", machine=machine, kernels="grouped", copies="background")
+    assert timeline[2:] == [
+        ("device", "experts", 1200, 1440),
+        ("h2d", "promote 2", 1200, 1510),
+        ("device", "expert 2", 1510, 1750),
+        ("h2d", "promote 3", 1510, 1820),
+        ("device", "expert 3", 1820, 2060),
+        ("device", "head", 2060, 3060),
+    ]
+    assert parts(result) == [1000, 720, 0, 0, 140]
 
 
 def test_blocking_moves_come_before_the_experts_evictions_first():

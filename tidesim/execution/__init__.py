@@ -8,8 +8,9 @@ Every duration is worked out in seconds, rounded once to whole nanoseconds, and 
 add up exactly, and every simulator that uses these numbers can agree to the last nanosecond.
 
 Times follow the roofline model (Williams, Waterman and Patterson, CACM 2009): the longer of bytes over bandwidth and
-operations over rate. Where launches are asynchronous, launching the kernels of a part costs time only where it
-outlasts them. Letters: L MoE layers, T rows routed in a forward, E experts.
+operations over rate. For routed experts a profile may have curves, measured by their rows; these go before. Where
+launches are asynchronous, launching the kernels of a part costs time only where it outlasts them. Letters: L MoE
+layers, T rows routed in a forward, E experts.
 """
 
 from tidesim.execution.costs import Costs

@@ -34,6 +34,10 @@ class Costs:
         self.hardware = hardware
         self.execution = execution
         self.max_rows = max_rows
+        # Curves are measured on 16-bit weights, and on whole experts, so that nothing is added for separate GEMMs.
+        has_curves = model.weight_bits == 16
+        self._device_curve = hardware.device.expert_curve if has_curves else None
+        self._host_curve = hardware.host.expert_curve if has_curves else None
         rows = np.arange(max_rows + 1)
         self.loop_ns = _table(self._loop_s(rows))
         self.expert_launch_ns = int(self._launch_ns(execution.ops_per_expert))
@@ -84,17 +88,25 @@ class Costs:
         """Kernels of a layer's resident experts, and the launch time they do not hide.
 
         `num_active` experts got `num_rows` rows between them; `loop_kernel_ns` is the sum of their `loop_ns`.
-        A grouped kernel has its launch in its fixed part.
+        A grouped kernel has its launch in its fixed part. With a curve of the device, its experts take their own times
+        one after another; without, they share one roofline.
         """
         if not num_active:
             return 0, 0
         if self.execution.kernels == "loop":
             return loop_kernel_ns, int(self._unhidden_ns(loop_kernel_ns, num_active * self.expert_launch_ns))
+        if self._device_curve is not None:
+            return self._grouped_overhead_ns + loop_kernel_ns, 0
         work_ns = max(int(self._grouped_bytes_ns[num_active]), int(self._grouped_flops_ns[num_rows]))
         return self._grouped_overhead_ns + work_ns, 0
 
     def alone_ns(self, loop_kernel_ns: int) -> tuple[int, int]:
-        """The same of one expert that runs alone because it was fetched; `loop_kernel_ns` is its `loop_ns`."""
+        """The same of one expert that runs alone because it was fetched; `loop_kernel_ns` is its `loop_ns`.
+
+        A grouped kernel whose experts were measured runs it as a group of one. Else it takes separate GEMMs.
+        """
+        if self.execution.kernels == "grouped" and self._device_curve is not None:
+            return self._grouped_overhead_ns + loop_kernel_ns, 0
         return loop_kernel_ns, int(self._unhidden_ns(loop_kernel_ns, self.expert_launch_ns))
 
     # --- how the figures come about ---
@@ -120,6 +132,8 @@ class Costs:
 
     def _loop_s(self, rows: Ints) -> Floats:
         model, device = self.model, self.hardware.device
+        if self._device_curve is not None:
+            return self._device_curve.expert_s(rows, model.expert_params)
         flops = 2 * rows * model.expert_params
         work_s = _roofline_s(model.expert_bytes, flops, device.bytes_per_s, device.flops_per_s)
         return 3 * device.gemm_overhead_s + work_s
@@ -134,8 +148,11 @@ class Costs:
     def _host_tables(self, rows: Ints) -> tuple[Ints, Ints]:
         """Host time per missed expert and per layer; the call and the copies of rows are in one or the other."""
         model, host = self.model, self.hardware.host
-        flops = 2 * rows * model.expert_params
-        work_s = _roofline_s(model.expert_bytes, flops, host.bytes_per_s, host.bf16_flops_per_s)
+        if self._host_curve is not None:
+            work_s = self._host_curve.expert_s(rows, model.expert_params)
+        else:
+            flops = 2 * rows * model.expert_params
+            work_s = _roofline_s(model.expert_bytes, flops, host.bytes_per_s, host.bf16_flops_per_s)
         if self.execution.home == "disk":
             work_s = work_s + self._read_s()
         call_s = host.call_overhead_s + self._rows_s(rows)

@@ -29,6 +29,13 @@ FIGURE_PARTS = {
     "kind": f"one of {', '.join(KINDS)}",
     "source": "text, where the figure comes from",
 }
+CURVE_PARTS = {
+    "rows": "whole numbers of rows, ascending from 1",
+    "gflops": "rates at these rows (GFLOP/s)",
+    "kind": FIGURE_PARTS["kind"],
+    "source": FIGURE_PARTS["source"],
+}
+_WHOLE_UNITS = ("cores", "rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,8 @@ class FigureKey:
     """Description of one figure of a profile: where it stands, its unit, what is allowed and what it means.
 
     `low` and `high` (in `unit`, both allowed) only keep out what no machine can be, most often a slip of units.
-    `is_copy` marks the figures of copies between host and device, which a unified-memory machine leaves out.
+    `is_copy` marks the figures of copies between host and device, which a unified-memory machine leaves out,
+    `is_optional` those of a section that any machine may leave out, as a whole.
     """
 
     path: str
@@ -45,6 +53,7 @@ class FigureKey:
     high: float
     description: str
     is_copy: bool = False
+    is_optional: bool = False
 
     def problem(self, value: object) -> str | None:
         """What is wrong with `value` for this figure, or None if it is fine."""
@@ -54,7 +63,7 @@ class FigureKey:
         # NaN compares false with everything, so it fails here as well.
         if not self.low <= value <= self.high:
             return f"must be from {self.low:.10g} to {self.high:.10g} ({self.unit}), not {show(value)}"
-        if self.unit == "cores" and value != int(value):
+        if self.unit in _WHOLE_UNITS and value != int(value):
             return f"must be a whole number ({self.unit}), not {show(value)}"
         return None
 
@@ -65,6 +74,40 @@ def _link_keys(name: str, description: str, max_gb_s: float, is_copy: bool) -> t
         FigureKey(f"links.{name}.latency_us", "us", 0, 1e5, f"{description}, the fixed part of one copy", is_copy),
     )
 
+
+@dataclass(frozen=True, slots=True)
+class CurveKey:
+    """Description of one curve, the rate [GFLOP/s] by the rows that are computed at once. Curves may be left out.
+
+    `low` and `high` are as in `FigureKey`.
+    """
+
+    path: str
+    low: float
+    high: float
+    description: str
+
+    @property
+    def rate(self) -> FigureKey:
+        """What each rate must be."""
+        return FigureKey(self.path, "GFLOP/s", self.low, self.high, self.description)
+
+
+def _share_key(name: str) -> FigureKey:
+    who, beside = name.split("_beside_")
+    described = {"host": "missed experts on the host", "device": "kernels on the device", "copies": "copies of experts"}
+    description = f"speed that {described[who]} keep beside {described[beside]}"
+    return FigureKey(f"contention.{name}", "share", 0.05, 1, description, is_optional=True)
+
+
+CONTENTION_NAMES = (
+    "host_beside_device",
+    "device_beside_host",
+    "host_beside_copies",
+    "device_beside_copies",
+    "copies_beside_host",
+    "copies_beside_device",
+)
 
 # Links stop at 2 TB/s, NVMe at 200 GB/s and memory at 20 TB/s: beyond every machine, below the same figure in MB/s.
 FIGURE_KEYS = (
@@ -90,7 +133,14 @@ FIGURE_KEYS = (
     *_link_keys("d2h_fresh", "device to newly allocated pageable host memory", 2000, is_copy=True),
     FigureKey("links.duplex_factor", "share", 0.05, 1, "bandwidth each direction keeps when both run", is_copy=True),
     *_link_keys("nvme", "NVMe to host memory, expert-size reads", 200, is_copy=False),
+    *map(_share_key, CONTENTION_NAMES),
 )
+# One routed expert, its three GEMMs on 16-bit weights that no cache holds.
+CURVE_KEYS = (
+    CurveKey("device.expert_curve", 0.01, 1e7, "rate that one expert reaches on the device, by its rows"),
+    CurveKey("host.expert_curve", 0.01, 1e6, "rate that one expert reaches on the host, by its rows"),
+)
+ROWS_KEY = FigureKey("rows", "rows", 1, 1e6, "rows of one expert")
 KEY_BY_PATH = {key.path: key for key in FIGURE_KEYS}
 COPY_NAMES = sorted({key.path.split(".")[1] for key in FIGURE_KEYS if key.is_copy})
 
@@ -104,10 +154,21 @@ class Figure:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class CurveFigure:
+    """One curve of a profile: the rates in GFLOP/s at so many rows, their `kind` and where they come from."""
+
+    rows: tuple[int, ...]
+    gflops: tuple[float, ...]
+    kind: str
+    source: str
+
+
 def nest(leaves: Mapping[str, object]) -> dict[str, object]:
-    """Leaves by dotted path -> nested mappings, in the order of `FIGURE_KEYS`."""
+    """Leaves by dotted path -> nested mappings, in the order of `FIGURE_KEYS`, curves behind a section's figures."""
     nested: dict[str, object] = {}
-    for path in (key.path for key in FIGURE_KEYS if key.path in leaves):
+    paths = [*KEY_BY_PATH, *(key.path for key in CURVE_KEYS)]
+    for path in (path for path in paths if path in leaves):
         *sections, name = path.split(".")
         inner = nested
         for section in sections:

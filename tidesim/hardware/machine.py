@@ -5,18 +5,77 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
 from tidesim.errors import ProfileError
-from tidesim.hardware.keys import COPY_NAMES, HEADER, KEY_BY_PATH, SCHEMA, UNITS, Figure, nest
+from tidesim.hardware.keys import (
+    CONTENTION_NAMES,
+    COPY_NAMES,
+    HEADER,
+    KEY_BY_PATH,
+    SCHEMA,
+    UNITS,
+    CurveFigure,
+    Figure,
+    nest,
+)
 from tidesim.hardware.reading import Checked, check, nearest, read_yaml
 from tidesim.shipped import find_shipped
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Busy = Literal["device", "host", "copies"]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """How fast one expert is computed, by how many rows it has: `flops_per_s[i]` with `rows[i]`, ascending from 1."""
+
+    rows: tuple[int, ...]
+    flops_per_s: tuple[float, ...]
+
+    def expert_s(self, rows: Ints, expert_params: int) -> Floats:
+        """Seconds of an expert with so many rows, an array of any shape; an expert without rows takes none.
+
+        The time is interpolated linearly between two points of the curve; above the last, its rate holds.
+        """
+        flops = 2 * expert_params * np.asarray(rows, np.int64)
+        at_points = 2 * expert_params * np.array(self.rows) / np.array(self.flops_per_s)
+        between = np.interp(rows, (0, *self.rows), (0, *at_points))
+        seconds: Floats = np.where(np.asarray(rows) > self.rows[-1], flops / self.flops_per_s[-1], between)
+        return seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contention:
+    """Who slows whom where device, host and copies share one memory: the share of its own speed that each keeps.
+
+    "device" is everything that runs as kernels there, "host" the missed experts, "copies" those of expert weights.
+    """
+
+    host_beside_device: float
+    device_beside_host: float
+    host_beside_copies: float
+    device_beside_copies: float
+    copies_beside_host: float
+    copies_beside_device: float
+
+    def share(self, who: Busy, beside: Busy) -> float:
+        """The share that `who` keeps while `beside` is busy; with two others, their shares multiply."""
+        share: float = getattr(self, f"{who}_beside_{beside}")
+        return share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What the accelerator achieves; the fields are those of `FIGURE_KEYS` in bytes, seconds and per second."""
+    """What the accelerator achieves; the fields are those of `FIGURE_KEYS` in bytes, seconds and per second.
+
+    `expert_curve` holds for experts of 16 bits a weight, and then in place of the rates; None if it was not measured.
+    """
 
     memory_bytes: int
     bytes_per_s: float
@@ -27,11 +86,12 @@ class Device:
     eager_op_s: float
     grouped_overhead_s: float
     gemm_overhead_s: float
+    expert_curve: Curve | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """What the host achieves when it computes experts; same units as `Device`."""
+    """What the host achieves when it computes experts; units and `expert_curve` as in `Device`."""
 
     cores: int
     memory_bytes: int
@@ -39,6 +99,7 @@ class Host:
     bf16_flops_per_s: float
     fp32_flops_per_s: float
     call_overhead_s: float
+    expert_curve: Curve | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +136,9 @@ class Links:
 class Hardware:
     """One machine. Made by `load_hardware` or `Hardware.from_content`, which check every figure.
 
-    `links` is None on a unified-memory machine, where copies take no time. `sources` holds every figure as the
-    profile gives it, by its dotted path ("device.memory_gb_s").
+    `links` is None on a unified-memory machine, where copies take no time, and `contention` where none was measured:
+    nobody slows anybody then. `sources` holds every figure as the profile gives it, by its dotted path
+    ("device.memory_gb_s"), `curves` every curve ("host.expert_curve").
     """
 
     name: str
@@ -87,6 +149,8 @@ class Hardware:
     links: Links | None
     nvme: Link
     sources: Mapping[str, Figure] = field(hash=False)
+    curves: Mapping[str, CurveFigure] = field(hash=False, default_factory=dict)
+    contention: Contention | None = None
 
     @staticmethod
     def from_content(content: object, where: str) -> "Hardware":
@@ -99,14 +163,21 @@ class Hardware:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what results depend on: the values and `unified_memory`, not names or sources."""
-        figures = {path: float(figure.value) for path, figure in self.sources.items()}
-        canonical = json.dumps([SCHEMA, self.is_unified, figures], sort_keys=True)
+        values: list[object] = [SCHEMA, self.is_unified]
+        values.append({path: float(figure.value) for path, figure in self.sources.items()})
+        if self.curves:
+            values.append({path: [curve.rows, [*map(float, curve.gflops)]] for path, curve in self.curves.items()})
+        canonical = json.dumps(values, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def content(self) -> dict[str, object]:
-        """The profile as a nested mapping, keys in the order of `FIGURE_KEYS`: what `to_yaml` writes."""
+        """The profile as a nested mapping, keys in the order of `FIGURE_KEYS`, then curves: what `to_yaml` writes."""
         header = (SCHEMA, self.name, self.description, self.is_unified)
-        figures = nest({path: asdict(figure) for path, figure in self.sources.items()})
+        curves = {
+            path: asdict(curve) | {"rows": [*curve.rows], "gflops": [*curve.gflops]}
+            for path, curve in self.curves.items()
+        }
+        figures = nest({path: asdict(figure) for path, figure in self.sources.items()} | curves)
         return dict(zip(HEADER, header, strict=True)) | figures
 
     def to_yaml(self, path: str | Path) -> None:
@@ -160,6 +231,12 @@ def _assemble(checked: Checked) -> Hardware:
     """Convert checked figures to bytes, seconds, bytes/s and FLOP/s."""
     si = {path: figure.value * UNITS[KEY_BY_PATH[path].unit] for path, figure in checked.figures.items()}
 
+    gflop = UNITS["GFLOP/s"]
+    curves = {
+        path: Curve(figure.rows, tuple(rate * gflop for rate in figure.gflops))
+        for path, figure in checked.curves.items()
+    }
+
     def link(name: str) -> Link:
         return Link(bytes_per_s=si[f"links.{name}.bandwidth_gb_s"], latency_s=si[f"links.{name}.latency_us"])
 
@@ -171,15 +248,17 @@ def _assemble(checked: Checked) -> Hardware:
         name=checked.name,
         description=checked.description,
         is_unified=checked.is_unified,
-        device=_device(si),
-        host=_host(si),
+        device=_device(si, curves.get("device.expert_curve")),
+        host=_host(si, curves.get("host.expert_curve")),
         links=links,
         nvme=link("nvme"),
         sources=dict(checked.figures),
+        curves=dict(checked.curves),
+        contention=_contention(si),
     )
 
 
-def _device(si: Mapping[str, float]) -> Device:
+def _device(si: Mapping[str, float], curve: Curve | None) -> Device:
     return Device(
         memory_bytes=round(si["device.memory_gib"]),
         bytes_per_s=si["device.memory_gb_s"],
@@ -190,10 +269,11 @@ def _device(si: Mapping[str, float]) -> Device:
         eager_op_s=si["device.eager_op_us"],
         grouped_overhead_s=si["device.grouped_overhead_us"],
         gemm_overhead_s=si["device.gemm_overhead_us"],
+        expert_curve=curve,
     )
 
 
-def _host(si: Mapping[str, float]) -> Host:
+def _host(si: Mapping[str, float], curve: Curve | None) -> Host:
     return Host(
         cores=round(si["host.cores"]),
         memory_bytes=round(si["host.memory_gib"]),
@@ -201,4 +281,10 @@ def _host(si: Mapping[str, float]) -> Host:
         bf16_flops_per_s=si["host.bf16_gflops"],
         fp32_flops_per_s=si["host.fp32_gflops"],
         call_overhead_s=si["host.call_overhead_us"],
+        expert_curve=curve,
     )
+
+
+def _contention(si: Mapping[str, float]) -> Contention | None:
+    shares = {name: si[f"contention.{name}"] for name in CONTENTION_NAMES if f"contention.{name}" in si}
+    return Contention(**shares) if shares else None

@@ -1,9 +1,11 @@
 """From the text of a profile to checked figures, with every problem named at once."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -11,11 +13,16 @@ import yaml
 from tidesim.errors import ProfileError
 from tidesim.hardware.keys import (
     COPY_NAMES,
+    CURVE_KEYS,
+    CURVE_PARTS,
     FIGURE_KEYS,
     FIGURE_PARTS,
     HEADER,
     KINDS,
+    ROWS_KEY,
     SCHEMA,
+    CurveFigure,
+    CurveKey,
     Figure,
     FigureKey,
     nest,
@@ -71,6 +78,7 @@ class _Reader:
 
     problems: list[str]
     figures: dict[str, Figure] = field(default_factory=dict)
+    curves: dict[str, CurveFigure] = field(default_factory=dict)
 
     def report(self, message: str, path: str) -> None:
         self.problems.append(f"{message} @ {path}")
@@ -97,13 +105,18 @@ class _Reader:
         if not isinstance(value, str) or not value.strip():
             self.report(f"must be text and not empty, not {show(value)}", path)
 
-    def keys(self, node: Mapping[object, object], expected: Mapping[str, str], path: str) -> None:
-        """Report the keys of `node` that are not `expected` (name -> meaning), and those that are missing."""
+    def keys(
+        self, node: Mapping[object, object], expected: Mapping[str, str], path: str, optional: Collection[str] = ()
+    ) -> None:
+        """Report the keys of `node` that are not `expected` (name -> meaning), and those that are missing.
+
+        Those of them that are `optional` may be missing.
+        """
         for name in node:
             if name not in expected:
                 self.report(f"unknown key {str(name)!r}; {nearest(str(name), expected)}", f"{path}.{name}")
         for name, meaning in expected.items():
-            if name not in node:
+            if name not in node and name not in optional:
                 self.report(f"required key missing: {meaning}", f"{path}.{name}")
 
     def section(self, node: Mapping[object, object], layout: Mapping[str, object], path: str) -> None:
@@ -114,8 +127,10 @@ class _Reader:
                 continue
             if isinstance(below, FigureKey):
                 self.figure(inner, below, here)
+            elif isinstance(below, CurveKey):
+                self.curve(inner, below, here)
             elif isinstance(inner, Mapping) and isinstance(below, dict):
-                self.keys(inner, {key: _meaning(item) for key, item in below.items()}, here)
+                self.keys(inner, {key: _meaning(item) for key, item in below.items()}, here, _optional(below))
                 self.section(inner, below, here)
             else:
                 self.report(f"must be {_meaning(below)}, not {show(inner)}", here)
@@ -126,28 +141,72 @@ class _Reader:
             return
         before = len(self.problems)
         self.keys(node, FIGURE_PARTS, path)
-        value, kind, source = (node.get(part) for part in FIGURE_PARTS)
-        if isinstance(value, np.generic):
-            value = value.item()  # YAML writes plain numbers only
+        value = _plain(node.get("value"))
         if "value" in node and (problem := key.problem(value)):
             self.report(problem, f"{path}.value")
+        kind, source = self.origin(node, path)
+        if len(self.problems) == before:
+            assert isinstance(value, int | float)
+            self.figures[key.path] = Figure(value, kind, source)
+
+    def origin(self, node: Mapping[object, object], path: str) -> tuple[str, str]:
+        """The kind and the source of a figure or curve."""
+        kind, source = node.get("kind"), node.get("source")
         if "kind" in node and not (isinstance(kind, str) and kind in KINDS):
             self.report(f"must be one of {', '.join(KINDS)}, not {show(kind)}", f"{path}.kind")
         if "source" in node:
             self.text(source, f"{path}.source")
+        return str(kind), str(source)
+
+    def curve(self, node: object, key: CurveKey, path: str) -> None:
+        if not isinstance(node, Mapping):
+            rule = "must be written {rows: [...], gflops: [...], kind: ..., source: ...}"
+            self.report(f"{rule}, not {show(node)}", path)
+            return
+        before = len(self.problems)
+        self.keys(node, CURVE_PARTS, path)
+        rows = [int(row) for row in self.numbers(node, "rows", ROWS_KEY, path)]
+        gflops = self.numbers(node, "gflops", key.rate, path)
+        kind, source = self.origin(node, path)
         if len(self.problems) == before:
-            assert isinstance(value, int | float)
-            self.figures[key.path] = Figure(value, str(kind), str(source))
+            self.ascending(rows, f"{path}.rows")
+            if len(gflops) != len(rows):
+                self.report(f"must be one rate for each of the {len(rows)} rows, not {len(gflops)}", f"{path}.gflops")
+        if len(self.problems) == before:
+            self.curves[key.path] = CurveFigure(tuple(rows), tuple(gflops), kind, source)
+
+    def numbers(self, node: Mapping[object, object], name: str, key: FigureKey, path: str) -> list[float]:
+        """The list `name` of a curve, as far as each number is one that `key` allows."""
+        listed = node.get(name)
+        is_list = isinstance(listed, list | tuple)
+        if name in node and not (is_list and listed):
+            found = "an empty one" if is_list else show(listed)
+            self.report(f"must be a list of {CURVE_PARTS[name]}, not {found}", f"{path}.{name}")
+        if not isinstance(listed, list | tuple):
+            return []
+        problems = [key.problem(_plain(number)) for number in listed]
+        for index, problem in enumerate(problems):
+            if problem:
+                self.report(problem, f"{path}.{name}[{index}]")
+        return [_plain(number) for number, problem in zip(listed, problems, strict=True) if problem is None]
+
+    def ascending(self, rows: Sequence[int], path: str) -> None:
+        if rows[0] != 1:
+            self.report(f"must be 1, as experts with one row are the most frequent, not {rows[0]}", f"{path}[0]")
+        for index, (before, row) in enumerate(pairwise(rows), start=1):
+            if row <= before:
+                self.report(f"must be more than the {before} before it, not {row}", f"{path}[{index}]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What a profile holds, all of it allowed; figures by their dotted path, in the unit of their key."""
+    """What a profile holds, all of it allowed; figures and curves by dotted path, in the unit of their key."""
 
     name: str
     description: str
     is_unified: bool
     figures: Mapping[str, Figure]
+    curves: Mapping[str, CurveFigure]
 
 
 def check(content: object, where: str, problems: Iterable[str] = ()) -> Checked:
@@ -162,8 +221,9 @@ def check(content: object, where: str, problems: Iterable[str] = ()) -> Checked:
     is_unified = _is_unified(content)
     if is_unified:
         content = reader.without_copies(content)
-    layout = nest({key.path: key for key in FIGURE_KEYS if not (is_unified and key.is_copy)})
-    reader.keys(content, HEADER | {name: _meaning(below) for name, below in layout.items()}, "$")
+    figure_keys = {key.path: key for key in FIGURE_KEYS if not (is_unified and key.is_copy)}
+    layout = nest(figure_keys | {key.path: key for key in CURVE_KEYS})
+    reader.keys(content, HEADER | {name: _meaning(below) for name, below in layout.items()}, "$", _optional(layout))
     reader.header(content)
     reader.section(content, layout, "$")
     if reader.problems:
@@ -173,6 +233,7 @@ def check(content: object, where: str, problems: Iterable[str] = ()) -> Checked:
         description=str(content["description"]),
         is_unified=is_unified,
         figures=reader.figures,
+        curves=reader.curves,
     )
 
 
@@ -184,10 +245,28 @@ def _is_unified(content: Mapping[object, object]) -> bool:
     return isinstance(links, Mapping) and not any(name in links for name in COPY_NAMES)
 
 
+def _optional(layout: Mapping[str, object]) -> list[str]:
+    """What a section of this layout may lack: curves, and whole sections of optional figures."""
+
+    def is_optional(below: object) -> bool:
+        if isinstance(below, dict):
+            return all(isinstance(item, FigureKey) and item.is_optional for item in below.values())
+        return isinstance(below, CurveKey)
+
+    return [name for name, below in layout.items() if is_optional(below)]
+
+
+def _plain(value: Any) -> Any:
+    """`value` without numpy's types: YAML writes plain numbers only."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 # --- words for messages ---
 
 
 def _meaning(below: object) -> str:
+    if isinstance(below, CurveKey):
+        below = below.rate
     if isinstance(below, FigureKey):
         return f"{below.description} ({below.unit})"
     return f"a section with {', '.join(below) if isinstance(below, dict) else below}"
