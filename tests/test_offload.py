@@ -91,6 +91,9 @@ class StandIn(DeviceCalls):
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
+    def memory_bytes(self) -> int:
+        return 2**30
+
 
 @pytest.fixture(scope="module", params=["cpu", "emulated", "disk", "stand-in"])
 def live(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveModel]:
@@ -274,9 +277,13 @@ def test_settings_are_checked_at_the_door() -> None:
 
 
 def test_the_engine_takes_from_a_plan_what_is_open_to_choice() -> None:
-    assert engine_execution("emulated", EXECUTIONS["overlapped"]).name == "emulated"
-    changed = engine_execution("emulated", executions()[1])
-    assert (changed.copies, changed.name) == ("blocking", "emulated copies=blocking")
+    assert engine_execution("emulated", EXECUTIONS["overlapped"], kv_cache=True).name == "emulated"
+    changed = engine_execution("emulated", executions()[1], kv_cache=False)
+    assert (changed.copies, changed.kv_cache, changed.host) == ("blocking", False, "parallel")
+    assert changed.name == "emulated kv_cache=False copies=blocking"
+    assert engine_execution("disk", executions()[0], kv_cache=True).name == "disk"
+    with pytest.raises(InputError, match="overlapped, engine, emulated or disk"):
+        engine_execution("cpu", EXECUTIONS["tide-as-coded"], kv_cache=False)
 
 
 def test_a_grouped_product_is_that_of_each_group(monkeypatch: pytest.MonkeyPatch) -> None:

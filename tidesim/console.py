@@ -34,6 +34,22 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+class TextStream:
+    """Prints answers as they grow: called with a prompt's number and its answer so far, it prints what is new."""
+
+    def __init__(self) -> None:
+        self._number, self._said = 0, ""
+
+    def __call__(self, number: int, text: str) -> None:
+        """Print what `text` adds to what was printed of this answer."""
+        if number != self._number:
+            print(f"\n{'-' * 40}")
+            self._number, self._said = number, ""
+        # A token may change how the one before it is spelt; what stands on the screen stays.
+        print(text[len(self._said) :], end="", flush=True)
+        self._said = text
+
+
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A function that says how many of how many are done: a bar on a terminal, nothing in a pipe."""
@@ -152,21 +168,23 @@ def _figure(value: float | None) -> str:
 
 def result_tables(document: Document) -> RenderableType:
     """One run: what was run, what it came to, and where the time went."""
+    how = "measured" if document["is_measured"] else "predicted"
     facts = {
         "model": document["model"],
-        "trace": document["trace_origin"],
+        "routing" if document["is_measured"] else "trace": document["trace_origin"],
         "machine": document["hardware"],
         "execution": f"{document['execution']}, context {document['context']}",
         "policy": document["policy"] + _interval(document["refresh_interval"]),
         "budget": f"{_per_layer(document['budget'])} experts a layer",
-        "throughput": f"{document['tok_per_s']:.2f} tok/s predicted ({document['generated_tokens']} tokens "
+        "throughput": f"{document['tok_per_s']:.2f} tok/s {how} ({document['generated_tokens']} tokens "
         f"in {document['makespan_s']:.2f} s, {document['num_forwards']} forwards)",
         "hit rate": f"{100 * document['hit_rate']:.1f} % of routed pairs",
         "moved": f"{document['promotions']} promotions, {_gb(document['h2d_bytes'])} to the device, "
         f"{_gb(document['d2h_bytes'])} to the host",
         "busy": ", ".join(f"{name} {100 * share:.0f} %" for name, share in document["busy_share"].items()),
     }
-    return Group(_facts("Simulated run", facts), part_table(document))
+    title = "Measured run" if document["is_measured"] else "Simulated run"
+    return Group(_facts(title, facts), part_table(document))
 
 
 def part_table(document: Document) -> Table:

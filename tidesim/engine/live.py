@@ -22,7 +22,7 @@ from tidesim.engine.drive import Drive
 from tidesim.engine.emulated import EmulatedBackend, Pace
 from tidesim.engine.host_weights import HostWeights
 from tidesim.engine.model import LLaDA2, NetworkConfig
-from tidesim.engine.offload import Backend, Offload
+from tidesim.engine.offload import Backend, Offload, check_execution
 from tidesim.errors import InputError, ModelError, nearest_name
 from tidesim.execution import EXECUTIONS, DeviceMemory, Execution
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
@@ -69,20 +69,34 @@ class DeviceSettings:
             return self.device
         return "accelerator" if torch.accelerator.is_available() else "cpu"
 
+    @property
+    def description(self) -> str:
+        """What results call the machine."""
+        if self.kind == "accelerator":
+            return f"{torch.accelerator.current_accelerator()}, {self.host_threads} host threads"
+        host = "" if self.kind == "disk" else f", {self.host_threads} of the host"
+        return f"{self.kind}, {self.device_threads} threads of the device{host}"
+
 
 # How the engine runs a forward on each kind of device.
 _EXECUTION_OF = {"accelerator": "engine", "emulated": "emulated", "cpu": "emulated", "disk": "disk"}
 
 
-def engine_execution(kind: str, planned: Execution | None = None) -> Execution:
-    """How the engine runs on a device of `kind`: what is open to choice is taken from the `planned` execution."""
+def engine_execution(kind: str, planned: Execution, kv_cache: bool) -> Execution:
+    """How the engine runs on a device of `kind`, with what is open to choice taken from `planned`.
+
+    Raise InputError with every setting of `planned` that the engine cannot follow.
+    """
+    check_execution(planned)
     own = EXECUTIONS[_EXECUTION_OF[kind]]
-    if planned is None:
-        return own
-    changes = {name: getattr(planned, name) for name in ("kv_cache", "copies")}
-    changes |= {} if kind == "disk" else {"host": planned.host}
-    differs = [f"{name}={value}" for name, value in changes.items() if value != getattr(own, name)]
-    return replace(own, name=" ".join([own.name, *differs]), **changes)
+    host = own.host if kind == "disk" else planned.host
+    changed = replace(own, kv_cache=kv_cache, copies=planned.copies, host=host)
+    differs = [
+        f"{name}={getattr(changed, name)}"
+        for name in ("kv_cache", "copies", "host")
+        if getattr(changed, name) != getattr(own, name)
+    ]
+    return replace(changed, name=" ".join([own.name, *differs]))
 
 
 class Closable(Protocol):
@@ -92,11 +106,24 @@ class Closable(Protocol):
         """Give them back."""
 
 
+class _OneTorchThread:
+    """PyTorch's own operations on one thread until closed: beside the compiled kernels they are small, and the idle
+    threads of its pool would spin on the cores that host and link run on."""
+
+    def __init__(self) -> None:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def close(self) -> None:
+        """As many threads as before."""
+        torch.set_num_threads(self._before)
+
+
 class LiveModel:
     """A network on a device, and what it takes to run it under a plan; use it in a `with` statement.
 
     Made by `open_model` and `dummy_model`. `expert_bytes` is what one expert takes as it is stored; `owned` is closed
-    at the end.
+    at the end, `memory_bytes` is the device's memory if it has one of its own.
     """
 
     def __init__(
@@ -107,8 +134,10 @@ class LiveModel:
         expert_bytes: int,
         make_backend: Callable[[bool], Backend],
         owned: Sequence[Closable],
+        memory_bytes: int | None = None,
     ) -> None:
         self.network, self.sizes, self.kind, self.expert_bytes = network, sizes, kind, expert_bytes
+        self.memory_bytes = memory_bytes
         self._make_backend, self._owned = make_backend, owned
 
     def __enter__(self) -> Self:
@@ -193,24 +222,27 @@ def dummy_model(shape: Path, settings: DeviceSettings, num_layers: int | None, r
 def _on_cores(network: LLaDA2, sizes: MoEConfig, weights: HostWeights, settings: DeviceSettings) -> LiveModel:
     """Device and host are cores of this machine, and experts are in its memory."""
     device_cores, host_cores = Cores(settings.device_threads), Cores(settings.host_threads)
+    one_thread = _OneTorchThread()
     on_cores(network, device_cores)
 
     def make_backend(is_detailed: bool) -> Backend:
         return EmulatedBackend(network.config, weights, device_cores, host_cores, settings.pace, is_detailed)
 
-    return LiveModel(network, sizes, settings.kind, weights.expert_bytes, make_backend, (device_cores, host_cores))
+    return LiveModel(
+        network, sizes, settings.kind, weights.expert_bytes, make_backend, (device_cores, host_cores, one_thread)
+    )
 
 
 def _on_drive(network: LLaDA2, sizes: MoEConfig, folder: Path, settings: DeviceSettings) -> LiveModel:
     """This machine's cores are the device, and experts stay in their files."""
-    cores = Cores(settings.device_threads)
+    cores, one_thread = Cores(settings.device_threads), _OneTorchThread()
     on_cores(network, cores)
     drive = Drive(folder, network.config)
 
     def make_backend(is_detailed: bool) -> Backend:
         return DiskBackend(network.config, drive, cores, is_detailed)
 
-    return LiveModel(network, sizes, settings.kind, drive.expert_bytes, make_backend, (cores, drive))
+    return LiveModel(network, sizes, settings.kind, drive.expert_bytes, make_backend, (cores, drive, one_thread))
 
 
 def _on_accelerator(
@@ -222,4 +254,6 @@ def _on_accelerator(
     def make_backend(is_detailed: bool) -> Backend:
         return AcceleratorBackend(network.config, weights, host_cores, calls, is_detailed)
 
-    return LiveModel(network, sizes, settings.kind, weights.expert_bytes, make_backend, (host_cores,))
+    return LiveModel(
+        network, sizes, settings.kind, weights.expert_bytes, make_backend, (host_cores,), calls.memory_bytes()
+    )

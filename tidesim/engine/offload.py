@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tidesim.engine.kernel import Pairs, sort_pairs
 from tidesim.engine.model import LLaDA2, Routing
-from tidesim.engine.times import Times
+from tidesim.engine.times import Span, Times
 from tidesim.errors import InputError
 from tidesim.execution import Execution
 from tidesim.policies import ForwardInfo, Policy, Shape
@@ -68,10 +68,11 @@ class Backend(Protocol):
     Attributes
     ----------
     name : what results call the machine.
-    activation_bytes : bytes of one number of a hidden state.
+    spans : what its workers did, if it was asked to keep that.
     """
 
     name: str
+    spans: list[Span] | None
 
     def open_slots(self, budgets: Sequence[int]) -> None:
         """Set up `budgets[layer]` empty slots in each layer."""

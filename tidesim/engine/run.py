@@ -1,16 +1,18 @@
 """Run a network under a policy and say what came of it: answers to prompts, or the forwards of a recorded trace."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tidesim.engine.generate import propose
+from tidesim.engine.generate import Generation, Sampler, generate, propose
 from tidesim.engine.live import LiveModel
 from tidesim.engine.model import KVCache, block_causal_mask
 from tidesim.engine.offload import Offload
+from tidesim.errors import BudgetError
 from tidesim.execution import Execution
 from tidesim.result import RunResult, one_or_each
 from tidesim.trace import Trace
@@ -62,6 +64,46 @@ def measured_result(
         busy_ns={name: min(busy, times.makespan_ns) for name, busy in busy_ns.items()},
         is_measured=True,
     )
+
+
+def answer(
+    live: LiveModel,
+    offload: Offload,
+    prompts: Sequence[Sequence[int]],
+    sampler: Sampler,
+    *,
+    mask_id: int,
+    end_id: int,
+    rng: torch.Generator | None = None,
+    on_block: Callable[[int, list[int]], None] | None = None,
+) -> Iterator[Generation]:
+    """Answer one prompt after the other; `on_block` gets the prompt's number and its answer so far.
+
+    Raise BudgetError if the device runs out of memory; what was answered before stays answered.
+    """
+    for number, prompt in enumerate(prompts):
+
+        def said(tokens: list[int], number: int = number) -> None:
+            if on_block is not None:
+                on_block(number, tokens)
+
+        with memory_explained(offload):
+            yield generate(
+                live.network, prompt, sampler, mask_id=mask_id, end_id=end_id, rng=rng, on_block=said, watcher=offload
+            )
+
+
+@contextmanager
+def memory_explained(offload: Offload) -> Iterator[None]:
+    """Say what to do where the device runs out of memory in the middle of a run."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise BudgetError(
+            f"the device ran out of memory in forward {offload.num_forwards - 1} ({reason}); the text up to there "
+            f"stands. Take a smaller budget than {max(offload.budgets)} experts a layer, or shorter sequences."
+        ) from None
 
 
 class ForcedForward(NamedTuple):

@@ -1,0 +1,160 @@
+"""What all commands share: the application, the options that several of them have, and values made of options."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tidesim.errors import InputError
+from tidesim.execution import EXECUTIONS, GIB, Execution, execution
+from tidesim.planner.runs import REFRESHING
+from tidesim.policies import Policy, policy
+from tidesim.result import Decision, tool_version
+from tidesim.workload import Workload
+
+DEFAULT_TRACE = "llada2.0-mini-synthetic.h5"
+DEFAULT_INTERVAL = 4
+
+app = typer.Typer(
+    name="tidesim",
+    help="Plan expert offloading for mixture-of-experts diffusion LLMs on paper, and prove it on the machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class ContextChoice(StrEnum):
+    """Which rows a forward routes."""
+
+    BLOCK = "block"
+    FULL = "full"
+
+
+class Dtype(StrEnum):
+    """What the network computes in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random; kept with the result.")]
+TraceOption = Annotated[str, typer.Option("--trace", help="Routing trace: a path, or the name of a shipped one.")]
+HardwareOption = Annotated[str, typer.Option("--hardware", help="Machine profile: a path, or a shipped name.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Model whose sizes to use: a folder or shipped name; the trace's if left out."),
+]
+ExecutionOption = Annotated[str, typer.Option("--execution", help=f"How the software runs: {', '.join(EXECUTIONS)}.")]
+ContextOption = Annotated[
+    ContextChoice | None,
+    typer.Option(
+        "--context", help="block: with a KV cache; full: the whole prefix is routed again. Default: as executed."
+    ),
+]
+WeightBitsOption = Annotated[
+    int, typer.Option("--weight-bits", help="Bits a weight of the routed experts: 16, 8 or 4.")
+]
+ReserveOption = Annotated[
+    float | None,
+    typer.Option("--reserve-gib", help="Device memory to leave free; default: 1.5 GiB or a tenth, whichever is more."),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", help="Experts a layer on the device: a number, or one per layer (8,16,...). Default: what fits."
+    ),
+]
+IntervalOption = Annotated[
+    int | None,
+    typer.Option(
+        "--refresh-interval",
+        help=f"Denoising steps between refreshes; {DEFAULT_INTERVAL} for policies that refresh.",
+    ),
+]
+TimelineOption = Annotated[Path | None, typer.Option("--timeline", help="Write who ran when, for Perfetto.")]
+DecisionsOption = Annotated[
+    Path | None, typer.Option("--decisions", help="Write every promotion and eviction, one line a layer.")
+]
+OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")]
+
+
+def main() -> None:
+    """Run the command line; errors that the user can mend become one line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"tidesim: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Plan expert offloading for mixture-of-experts diffusion LLMs on paper, and prove it on the machine."""
+    if version:
+        print(tool_version())
+
+
+# --- from options to values ---
+
+
+def chosen_execution(name: str, context: ContextChoice | None) -> Execution:
+    """The preset `name`; `--context` overrides whether it keeps a KV cache, and the name then says so."""
+    how = execution(name)
+    if context is None or context == how.context:
+        return how
+    is_cached = not how.kv_cache
+    return replace(how, name=f"{how.name} {'with' if is_cached else 'without'} KV cache", kv_cache=is_cached)
+
+
+def chosen_policy(name: str, refresh_interval: int | None, workload: Workload | None) -> Policy:
+    """The policy called `name`; the static one goes by the popularity in `workload`."""
+    params: dict[str, Any] = {}
+    if name == "static":
+        if workload is None:
+            raise InputError("policy 'static' needs to know who is popular; plan with it, and give --plan FILE.")
+        params["popularity"] = workload.counts.sum(axis=0)
+    if refresh_interval is not None:
+        params["refresh_interval"] = refresh_interval
+    elif name in REFRESHING:
+        params["refresh_interval"] = DEFAULT_INTERVAL
+    return policy(name, **params)
+
+
+def numbers(text: str, name: str) -> int | list[int]:
+    """One whole number, or several with commas between."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name}(={text!r}) must be a whole number, or one per layer with commas between.") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def reserve_bytes(reserve_gib: float | None) -> int | None:
+    if reserve_gib is not None and not 0 <= reserve_gib < 1e6:
+        raise InputError(f"reserve-gib(={reserve_gib}) must be >= 0.")
+    return None if reserve_gib is None else round(reserve_gib * GIB)
+
+
+@contextmanager
+def decisions_file(path: Path | None) -> Iterator[Any]:
+    """A function that writes one decision a line to `path`, or None without a path."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}).") from None
+    with file:
+
+        def write(decision: Decision) -> None:
+            file.write(decision.to_json() + "\n")
+
+        yield write

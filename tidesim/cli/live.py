@@ -1,0 +1,248 @@
+"""Commands that run a network, on whatever device there is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tidesim import console
+from tidesim.cli.app import (
+    BudgetOption,
+    DecisionsOption,
+    Dtype,
+    ExecutionOption,
+    IntervalOption,
+    JsonFlag,
+    OverwriteFlag,
+    SeedOption,
+    TimelineOption,
+    app,
+    chosen_policy,
+    decisions_file,
+    numbers,
+)
+from tidesim.errors import InputError
+from tidesim.execution import execution
+from tidesim.hardware import load_hardware
+from tidesim.planner import Plan
+from tidesim.policies import POLICIES
+from tidesim.report import save_timeline
+from tidesim.shipped import find_shipped
+from tidesim.trace import Trace
+
+if TYPE_CHECKING:
+    from tidesim.engine.choice import Choice
+    from tidesim.engine.live import DeviceSettings, LiveModel
+
+FolderOption = Annotated[str, typer.Option("--model", help="Model folder in Hugging Face layout, or a shipped name.")]
+PromptsOption = Annotated[
+    Path | None, typer.Option("--prompts", help="JSONL file of prompts; built-in ones if left out.")
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", help="Use the first so many prompts.")]
+GenLengthOption = Annotated[int, typer.Option("--gen-length", help="Tokens to generate for each prompt, at most.")]
+ThresholdOption = Annotated[float, typer.Option("--threshold", help="Confidence above which a token is accepted.")]
+StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps a block may take.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help="0: the likeliest token; above 0: draw.")]
+ChatFlag = Annotated[bool, typer.Option("--chat", help="Put each plain prompt through the model's chat template.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto, accelerator, cpu, emulated, or disk (experts stay in their files).")
+]
+DeviceThreads = Annotated[
+    int | None, typer.Option("--device-threads", help="Threads of a device made of cores; default: half of them.")
+]
+HostThreads = Annotated[
+    int | None, typer.Option("--host-threads", help="Threads that compute missed experts; default: half of the cores.")
+]
+PaceOption = Annotated[
+    str | None, typer.Option("--pace", help="Machine profile whose link an emulated device keeps to.")
+]
+DummyOption = Annotated[
+    str | None, typer.Option("--dummy-weights", help="In place of --model: random weights of this model's shape.")
+]
+LayersOption = Annotated[int | None, typer.Option("--layers", help="MoE layers of --dummy-weights; default: all.")]
+RoutingOption = Annotated[
+    str | None, typer.Option("--routing", help="Run the recorded forwards of this trace, with its choice of experts.")
+]
+SequencesOption = Annotated[int | None, typer.Option("--sequences", help="The first so many sequences of --routing.")]
+
+
+@app.command()
+def trace(
+    out: Annotated[Path, typer.Option(help="Trace file to write (HDF5).")],
+    model: FolderOption = "llada2-tiny",
+    prompts: PromptsOption = None,
+    limit: LimitOption = None,
+    gen_length: GenLengthOption = 128,
+    threshold: ThresholdOption = 0.95,
+    steps: StepsOption = 32,
+    temperature: TemperatureOption = 0.0,
+    no_kv_cache: Annotated[bool, typer.Option("--no-kv-cache", help="Compute the prefix in every forward.")] = False,
+    chat: ChatFlag = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Record the router's weights too.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Leave the tokens out of the file.")] = False,
+    show_text: Annotated[bool, typer.Option("--show-text", help="Print what the model writes.")] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; default: float32.")] = None,
+    overwrite: OverwriteFlag = False,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Generate from prompts with a real model and record the routing of every forward."""
+    with engine_extra():
+        import torch
+
+        from tidesim.engine.generate import Sampler
+        from tidesim.engine.tokenizer import read_prompts
+        from tidesim.engine.tracer import record
+    sampler = Sampler(
+        gen_length=gen_length, steps=steps, threshold=threshold, temperature=temperature, kv_cache=not no_kv_cache
+    )
+    requests = read_prompts(prompts, limit, chat)
+    with console.progress("tracing") as advance:
+
+        def finished(done: int, text: str) -> None:
+            advance(done, len(requests))
+            if show_text:
+                console.note(f"{text}\n{'-' * 40}")
+
+        recording = record(
+            find_shipped("models", model),
+            requests,
+            sampler,
+            out,
+            seed=seed,
+            dtype=getattr(torch, dtype or Dtype.FLOAT32),
+            has_weights=weights,
+            is_private=private,
+            overwrite=overwrite,
+            on_sequence=finished,
+        )
+    console.show(recording.to_dict(), console.recording_table, as_json)
+
+
+@app.command()
+def run(
+    model: FolderOption = "llada2-tiny",
+    plan: Annotated[Path | None, typer.Option(help="Plan file of `tidesim plan --out`.")] = None,
+    policy_name: Annotated[
+        str | None, typer.Option("--policy", help=f"In place of --plan: {', '.join(POLICIES)}.")
+    ] = None,
+    budget: BudgetOption = None,
+    refresh_interval: IntervalOption = None,
+    execution_name: ExecutionOption = "overlapped",
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompts: PromptsOption = None,
+    limit: LimitOption = None,
+    gen_length: GenLengthOption = 128,
+    threshold: ThresholdOption = 0.95,
+    steps: StepsOption = 32,
+    temperature: TemperatureOption = 0.0,
+    chat: ChatFlag = False,
+    device: DeviceOption = "auto",
+    device_threads: DeviceThreads = None,
+    host_threads: HostThreads = None,
+    pace: PaceOption = None,
+    dummy_weights: DummyOption = None,
+    layers: LayersOption = None,
+    routing: RoutingOption = None,
+    sequences: SequencesOption = None,
+    record: Annotated[Path | None, typer.Option(help="Write the routing of this run as a trace.")] = None,
+    timeline: TimelineOption = None,
+    decisions: DecisionsOption = None,
+    overwrite: OverwriteFlag = False,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Generate with a plan on this machine, print the text as blocks finish, and say what was measured."""
+    with engine_extra():
+        from tidesim.engine.generate import Sampler
+        from tidesim.engine.session import Session
+        from tidesim.engine.tokenizer import Prompt, read_prompts
+    settings = _device(device, device_threads, host_threads, pace)
+    sampler = Sampler(gen_length=gen_length, steps=steps, threshold=threshold, temperature=temperature)
+    if dummy_weights is not None and routing is None:
+        raise InputError("dummy weights write no text; name a trace whose forwards to run, --routing TRACE.")
+    requests = [Prompt(text=prompt)] if prompt is not None else read_prompts(prompts, limit, chat)
+    with _model(model, dummy_weights, layers, settings, seed) as live, decisions_file(decisions) as write_decision:
+        choice = _choice(live, plan, policy_name, budget, refresh_interval, execution_name)
+        machine = f"{settings.description}{'' if pace is None else f', link of {load_hardware(pace).name}'}"
+        session = Session(
+            live, choice, machine=machine, seed=seed, decisions=write_decision, is_detailed=timeline is not None
+        )
+        if routing is not None:
+            with Trace.open(routing) as opened:
+                outcome = session.replay(opened, range(len(opened.sequences))[:sequences])
+        else:
+            outcome = session.answer(
+                find_shipped("models", model),
+                requests,
+                sampler,
+                record=record,
+                overwrite=overwrite,
+                on_text=None if as_json else console.TextStream(),
+            )
+    if timeline is not None:
+        save_timeline(outcome.intervals, outcome.result, timeline)
+    console.show(outcome.to_dict(), console.result_tables, as_json)
+
+
+# --- from options to values ---
+
+
+@contextmanager
+def engine_extra() -> Iterator[None]:
+    """Turn a missing engine extra into an error that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"running the network needs {error.name}: install the extra, pip install 'tidesim[engine]'."
+        ) from None
+
+
+def _device(device: str, device_threads: int | None, host_threads: int | None, pace: str | None) -> "DeviceSettings":
+    from tidesim.engine.emulated import Pace
+    from tidesim.engine.live import DeviceSettings
+
+    threads = {"device_threads": device_threads, "host_threads": host_threads}
+    given = {name: number for name, number in threads.items() if number is not None}
+    return DeviceSettings(device=device, pace=Pace() if pace is None else Pace.of(load_hardware(pace)), **given)
+
+
+def _model(
+    model: str, dummy_weights: str | None, layers: int | None, settings: "DeviceSettings", seed: int
+) -> "LiveModel":
+    import torch
+
+    from tidesim.engine.live import dummy_model, open_model
+
+    if dummy_weights is None:
+        if layers is not None:
+            raise InputError(f"layers(={layers}) is for --dummy-weights; a model's own weights are run whole.")
+        return open_model(find_shipped("models", model), settings)
+    rng = torch.Generator().manual_seed(seed)
+    return dummy_model(find_shipped("models", dummy_weights), settings, layers, rng)
+
+
+def _choice(
+    live: "LiveModel",
+    plan: Path | None,
+    policy_name: str | None,
+    budget: str | None,
+    refresh_interval: int | None,
+    execution_name: str,
+) -> "Choice":
+    from tidesim.engine.choice import by_hand, planned
+
+    if plan is not None:
+        if policy_name is not None or budget is not None or refresh_interval is not None:
+            raise InputError("a plan says policy, budget and interval itself; give --plan or --policy, not both.")
+        return planned(Plan.load(plan), live)
+    if policy_name is None:
+        raise InputError("nothing says who is on the device; give --plan FILE, or --policy NAME and --budget N.")
+    if budget is None:
+        slots: int | list[int] = live.sizes.num_experts
+    else:
+        slots = numbers(budget, "budget")
+    return by_hand(chosen_policy(policy_name, refresh_interval, None), slots, execution(execution_name), live)

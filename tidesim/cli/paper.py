@@ -1,0 +1,214 @@
+"""Commands that need no network: traces, simulation, plans."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tidesim import console
+from tidesim.cli.app import (
+    DEFAULT_TRACE,
+    BudgetOption,
+    ContextOption,
+    DecisionsOption,
+    ExecutionOption,
+    HardwareOption,
+    IntervalOption,
+    JsonFlag,
+    ModelOption,
+    OverwriteFlag,
+    ReserveOption,
+    SeedOption,
+    TimelineOption,
+    TraceOption,
+    WeightBitsOption,
+    app,
+    chosen_execution,
+    chosen_policy,
+    decisions_file,
+    numbers,
+    reserve_bytes,
+)
+from tidesim.execution import Execution, largest_budget
+from tidesim.hardware import Hardware, load_hardware
+from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
+from tidesim.planner import plan as make_plan
+from tidesim.policies import POLICIES
+from tidesim.report import save_timeline
+from tidesim.result import Interval
+from tidesim.shipped import find_shipped
+from tidesim.simulator import simulate as run_simulation
+from tidesim.statistics import trace_statistics
+from tidesim.synthesize import synthesize as write_synthetic
+from tidesim.trace import Trace, Workload
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="Trace file, or the name of a shipped one.")],
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the shape of a trace and the statistics of its routing, beside published figures."""
+    with Trace.open(file) as opened:
+        document = {"trace": _trace_header(opened), "statistics": trace_statistics(opened).to_dict(), "seed": seed}
+    console.show(document, console.statistics_tables, as_json)
+
+
+@app.command()
+def synthesize(
+    out: Annotated[Path, typer.Option(help="Trace file to write (HDF5).")],
+    shape: Annotated[str, typer.Option(help="Model whose shape to use: a folder or shipped name.")] = "llada2.0-mini",
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences to make.")] = 16,
+    gen_length: Annotated[int, typer.Option(min=1, help="Tokens generated in each, on average.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, on average.")] = 96,
+    overwrite: OverwriteFlag = False,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a synthetic trace whose routing meets the published statistics of LLaDA2.0."""
+    folder = find_shipped("models", shape)
+    with console.progress("synthesizing") as advance:
+        write_synthetic(
+            read_hf_config(folder),
+            out,
+            model_name=load_moe_config(shape).name,
+            num_sequences=sequences,
+            gen_length=gen_length,
+            prompt_tokens=prompt_tokens,
+            seed=seed,
+            overwrite=overwrite,
+            progress=advance,
+        )
+    with Trace.open(out) as written:
+        console.show(_trace_header(written), console.trace_table, as_json)
+
+
+@app.command()
+def simulate(
+    hardware: HardwareOption,
+    policy_name: Annotated[str, typer.Option("--policy", help=f"Placement policy: {', '.join(POLICIES)}.")],
+    trace_name: TraceOption = DEFAULT_TRACE,
+    model: ModelOption = None,
+    budget: BudgetOption = None,
+    refresh_interval: IntervalOption = None,
+    execution_name: ExecutionOption = "overlapped",
+    context: ContextOption = None,
+    weight_bits: WeightBitsOption = 16,
+    reserve_gib: ReserveOption = None,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Do not ask whether the device can hold it.")
+    ] = False,
+    timeline: TimelineOption = None,
+    decisions: DecisionsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Replay a trace under one placement policy on one machine and say how long it takes, and why."""
+    machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
+    workload, sizes = _workload(trace_name, model, how, weight_bits)
+    reserve = reserve_bytes(reserve_gib)
+    if budget is None:
+        slots: int | list[int] = _default_budget(policy_name, sizes, machine, how, workload, reserve)
+    else:
+        slots = numbers(budget, "budget")
+    intervals: list[Interval] | None = None if timeline is None else []
+    with decisions_file(decisions) as write_decision:
+        result = run_simulation(
+            workload,
+            sizes,
+            machine,
+            chosen_policy(policy_name, refresh_interval, workload),
+            budget=slots,
+            execution=how,
+            seed=seed,
+            decisions=write_decision,
+            timeline=intervals,
+            reserve_bytes=reserve,
+            is_memory_checked=not ignore_memory,
+        )
+    if timeline is not None and intervals is not None:
+        save_timeline(intervals, result, timeline)
+    console.show(result.to_dict(), console.result_tables, as_json)
+
+
+@app.command()
+def plan(
+    hardware: HardwareOption,
+    out: Annotated[Path | None, typer.Option(help="Plan file to write (JSON).")] = None,
+    trace_name: TraceOption = DEFAULT_TRACE,
+    model: ModelOption = None,
+    execution_name: ExecutionOption = "overlapped",
+    context: ContextOption = None,
+    weight_bits: WeightBitsOption = 16,
+    reserve_gib: ReserveOption = None,
+    held_out_share: Annotated[
+        float, typer.Option(help="Share of the sequences to score the plan on; 0 for none.")
+    ] = 0.25,
+    workers: Annotated[int | None, typer.Option(help="Processes to simulate on; default: one a core.")] = None,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Find the refresh interval and the expert budget that generate fastest on a machine."""
+    machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
+    with Trace.open(trace_name) as opened, console.progress("planning") as advance:
+        report = make_plan(
+            opened,
+            _sizes(opened, model, weight_bits),
+            machine,
+            execution=how,
+            held_out_share=held_out_share,
+            reserve_bytes=reserve_bytes(reserve_gib),
+            workers=workers,
+            seed=seed,
+            progress=advance,
+        )
+    if out is not None:
+        report.chosen.save(out)
+    console.show(report.to_dict(), console.plan_tables, as_json)
+
+
+# --- from options to values ---
+
+
+def _workload(trace_name: str, model: str | None, how: Execution, weight_bits: int) -> tuple[Workload, MoEConfig]:
+    """The trace's workload, tiled to the layers of the model whose sizes are used, and those sizes."""
+    with Trace.open(trace_name) as opened:
+        sizes = _sizes(opened, model, weight_bits)
+        return opened.workload(how.context).tiled(sizes.num_layers), sizes
+
+
+def _sizes(opened: Trace, model: str | None, weight_bits: int) -> MoEConfig:
+    """The model whose sizes are used: the one named, else the trace's own."""
+    return (opened.config if model is None else load_moe_config(model)).with_weight_bits(weight_bits)
+
+
+def _default_budget(
+    policy_name: str, sizes: MoEConfig, machine: Hardware, how: Execution, workload: Workload, reserve: int | None
+) -> int:
+    if policy_name == "all-device":
+        return sizes.num_experts
+    return largest_budget(sizes, machine, how, workload.max_tokens, reserve)
+
+
+def _trace_header(opened: Trace) -> dict[str, Any]:
+    """What a trace is, by name, as printed first wherever one is shown."""
+    return {
+        "path": str(opened.path),
+        "origin": opened.origin,
+        "model": opened.model_name,
+        "is_complete": opened.is_complete,
+        "num_sequences": len(opened.sequences),
+        "num_forwards": len(opened.forwards),
+        "generated_tokens": int(opened.sequences["generated_tokens"].sum()),
+        "routed_tokens": opened.num_rows,
+        "num_layers": opened.num_layers,
+        "num_experts": opened.num_experts,
+        "top_k": opened.top_k,
+        "block_length": opened.block_length,
+        "kv_cache": opened.kv_cache,
+        "sampler": opened.sampler,
+        "seed": opened.seed,
+        "created": opened.created,
+        "fingerprint": opened.fingerprint,
+    }

@@ -1,0 +1,63 @@
+"""What a run does with a model's experts: taken from a plan, or chosen by hand."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tidesim.engine.live import LiveModel, engine_execution
+from tidesim.errors import BudgetError
+from tidesim.execution import GIB, Execution, execution
+from tidesim.planner import Plan
+from tidesim.policies import Policy
+from tidesim.residency import check_budgets, per_layer
+
+
+class Choice(NamedTuple):
+    """Who decides, with how many slots in each MoE layer, how the engine runs, and how much memory it may take.
+
+    `memory_bytes` is the device's, `reserve_bytes` of it are left alone; None: nobody said how much there is.
+    """
+
+    policy: Policy
+    budgets: tuple[int, ...]
+    execution: Execution
+    memory_bytes: int | None
+    reserve_bytes: int = 0
+
+    def check_memory(self, live: LiveModel, max_tokens: int) -> None:
+        """Raise BudgetError, with every figure, if sequences of `max_tokens` tokens take more than there is."""
+        need = live.memory(self.budgets, self.execution, max_tokens, self.reserve_bytes)
+        limits = [limit for limit in (self.memory_bytes, live.memory_bytes) if limit is not None]
+        if limits and need.total > min(limits):
+            parts = {
+                "experts": need.experts,
+                "other weights": need.non_experts,
+                "KV cache": need.kv_cache,
+                "transient peak": need.transient,
+                "reserve": need.reserve,
+            }
+            listed = " + ".join(f"{name} {num_bytes / GIB:.3f}" for name, num_bytes in parts.items())
+            raise BudgetError(
+                f"{live.sizes.name} with sequences of {max_tokens} tokens needs {listed} = {need.total / GIB:.3f} GiB "
+                f"on the device, which has {min(limits) / GIB:.3f} GiB; plan for a smaller budget or shorter sequences."
+            )
+
+
+def planned(plan: Plan, live: LiveModel) -> Choice:
+    """What `plan` says. Raise PlanError if it was made for another model, InputError if the engine cannot follow it."""
+    plan.check(live.sizes)
+    # A plan for the other context than its execution's own says so in the name.
+    how = execution(plan.execution.removesuffix(" with KV cache").removesuffix(" without KV cache"))
+    own = engine_execution(live.kind, how, kv_cache=plan.context == "block")
+    return Choice(plan.make_policy(), plan.budget, own, plan.hardware.device_memory_bytes, plan.reserve_bytes)
+
+
+def by_hand(policy: Policy, budget: int | Sequence[int], how: Execution, live: LiveModel) -> Choice:
+    """A policy and its budget, without a plan.
+
+    Raise BudgetError or InputError for budgets that do not fit the model, or an execution that the engine cannot
+    follow.
+    """
+    budgets = per_layer(budget, live.sizes.num_layers, "budget")
+    check_budgets(budgets, live.sizes.num_experts)
+    own = engine_execution(live.kind, how, kv_cache=how.kv_cache)
+    return Choice(policy, budgets, own, live.memory_bytes)
