@@ -1,0 +1,157 @@
+"""What the device computes besides routed experts, on this machine's cores: linear maps, and all the small ops."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tidesim.engine.calibrate.experts import network_config
+from tidesim.engine.calibrate.host import COLD
+from tidesim.engine.calibrate.measured import Measured, sample, seconds, seconds_per_call
+from tidesim.engine.checkpoint import random_without_experts
+from tidesim.engine.cores import Cores, on_cores
+from tidesim.engine.model import KVCache, Layer, MoE, Routing
+from tidesim.moe import MoEConfig
+
+CONTEXT_TOKENS = 128  # finished tokens that a block attends to: some blocks into an answer
+
+
+class NoExperts:
+    """In place of a layer's routed experts: nothing is computed."""
+
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+        """Zeros [T, D]."""
+        return torch.zeros_like(x)
+
+
+class ColdNetwork:
+    """As many layers, and as much of lm_head, as it takes that no cache holds their weights, computed by `cores`.
+
+    A network that is smaller than that is as warm in its cache here as when it decodes.
+
+    Attributes
+    ----------
+    x : [T, D], a block of hidden states.
+    head_share : part of the vocabulary that the head here has.
+    """
+
+    def __init__(self, model: MoEConfig, cores: Cores, cache_bytes: int, rng: torch.Generator) -> None:
+        whole = network_config(model)
+        layer_bytes = 2 * (model.attention_params + model.shared_params + model.router_params)
+        vocab = min(model.vocab_size, math.ceil(COLD * cache_bytes / (2 * model.hidden_size) / 2) * 2)
+        config = replace(
+            whole,
+            # One more than needed, so that at least two take turns.
+            num_hidden_layers=min(whole.num_hidden_layers, math.ceil(COLD * cache_bytes / layer_bytes) + 1),
+            first_k_dense_replace=0,
+            vocab_size=vocab,
+        )
+        self.network = random_without_experts(config, torch.bfloat16, rng)
+        on_cores(self.network, cores)
+        self._layers = cast(list[Layer], list(self.network.layers))
+        self._shared_width = model.moe_intermediate_size * model.num_shared_experts
+        for moe in self.network.moe_layers:
+            moe.experts = NoExperts()
+        T = model.block_length
+        self.x = torch.randn(T, model.hidden_size, generator=rng)
+        self.head_share = vocab / model.vocab_size
+        self._cache = KVCache(config, CONTEXT_TOKENS + T, self.x)
+        self._cache.length = CONTEXT_TOKENS
+        self._rotary = self.network.rotary.tables(torch.arange(CONTEXT_TOKENS, CONTEXT_TOKENS + T), self.x.dtype)
+        self._turns = cycle(range(config.num_hidden_layers))
+
+    def maps_s(self, num_rows: int) -> float:
+        """Seconds of the linear maps of one MoE layer (attention, router, shared expert) on so many rows."""
+        layer, x = self._layers[next(self._turns)], self.x[:num_rows]
+        attention, moe = layer.attention, layer.mlp
+        assert isinstance(moe, MoE)
+        shared, router = moe.shared_experts, moe.gate.weight
+        mixed = x.new_ones(num_rows, attention.num_heads * attention.head_dim)
+        hidden = x.new_ones(num_rows, self._shared_width)
+
+        def run() -> None:
+            attention.query_key_value(x)
+            attention.dense(mixed)
+            functional.linear(x, router)  # routers are float32 for all cores, and no map of theirs
+            shared.gate_proj(x)
+            shared.up_proj(x)
+            shared.down_proj(hidden)
+
+        return seconds(run)
+
+    def layer_s(self) -> float:
+        """Seconds of a whole MoE layer without routed experts; the block attends to `CONTEXT_TOKENS` tokens."""
+        index = next(self._turns)
+        layer = self._layers[index]
+        return seconds(lambda: layer(self.x[None], self._rotary, None, self._cache, index))
+
+    def head_s(self, num_rows: int) -> float:
+        """Seconds of lm_head on so many rows."""
+        return seconds(lambda: self.network.lm_head(self.x[:num_rows]))
+
+
+@dataclass(frozen=True, slots=True)
+class DenseRates:
+    """What the cores reach in the dense parts of a network.
+
+    Parameters
+    ----------
+    bytes_per_s : weights of a layer's linear maps, at one row.
+    flops_per_s : operations of these, at a block of rows.
+    head_bytes_per_s, head_flops_per_s : the same of lm_head.
+    op_s : one of the ops that a layer has besides them: norms, rotary tables, attention, the router's choice.
+    """
+
+    bytes_per_s: Measured
+    flops_per_s: Measured
+    head_bytes_per_s: Measured
+    head_flops_per_s: Measured
+    op_s: Measured
+
+
+def dense_rates(
+    model: MoEConfig, parts: ColdNetwork, ops_per_layer: int, repeats: int = 9, limit_s: float = 15.0
+) -> DenseRates:
+    """Measure the dense parts of a network of the sizes of `model`, which has `ops_per_layer` ops in an MoE layer."""
+    T = model.block_length
+    measures: dict[str, Callable[[], float]] = {
+        "maps": lambda: parts.maps_s(1),
+        "maps of a block": lambda: parts.maps_s(T),
+        "layer": parts.layer_s,
+        "head": lambda: parts.head_s(1),
+        "head of a block": lambda: parts.head_s(T),
+    }
+    with torch.inference_mode():
+        samples = sample(measures, repeats, limit_s)
+    threads = f"{torch.get_num_threads()} threads of PyTorch"
+    params = model.attention_params + model.shared_params + model.router_params
+    head_params = model.vocab_params * parts.head_share
+    maps, maps_of_block, layer, head, head_of_block = (
+        Measured.of(times, f"{name} on cold bf16 weights") for name, times in samples.items()
+    )
+    flops_per_s = maps_of_block.per(2 * T * params)
+    # Attention has no weights, but operations, which a simulation counts at the same rate.
+    attention_flops = 4 * T * (CONTEXT_TOKENS + T) * model.num_heads * model.head_dim
+    rest_s = layer.value - maps_of_block.value - attention_flops / flops_per_s.value
+    note = (
+        f"a layer without routed experts ({layer.value * 1e3:.2f} ms, {T} rows that attend to {CONTEXT_TOKENS} more) "
+        f"less its linear maps ({maps_of_block.value * 1e3:.2f} ms) and the operations of attention, over "
+        f"{ops_per_layer} ops; {threads}"
+    )
+    op_s = replace(layer, value=max(0.0, rest_s) / ops_per_layer, note=note)
+    return DenseRates(
+        maps.per(2 * params), flops_per_s, head.per(2 * head_params), head_of_block.per(2 * T * head_params), op_s
+    )
+
+
+def tiny_op(repeats: int = 15, limit_s: float = 1.0) -> Measured:
+    """Seconds of one op on a tensor of one number."""
+    number = torch.zeros(1)
+    with torch.inference_mode():
+        samples = sample({"op": lambda: seconds_per_call(lambda: number.add_(1), 500)}, repeats, limit_s)
+    return Measured.of(samples["op"], "an op on a tensor of one number, 500 times in a row")
