@@ -11,12 +11,14 @@ software uses it is the business of `tidesim.execution`.
 """
 
 from tidesim.hardware.keys import CURVE_KEYS, FIGURE_KEYS, KINDS, CurveFigure, Figure
-from tidesim.hardware.machine import Contention, Curve, Device, Hardware, Host, Link, Links, load_hardware
+from tidesim.hardware.machine import BUSY, Busy, Contention, Curve, Device, Hardware, Host, Link, Links, load_hardware
 
 __all__ = [
+    "BUSY",
     "CURVE_KEYS",
     "FIGURE_KEYS",
     "KINDS",
+    "Busy",
     "Contention",
     "Curve",
     "CurveFigure",

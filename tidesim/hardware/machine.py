@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,9 @@ from tidesim.shipped import find_shipped
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+# Who may be busy beside whom where memory is shared.
 Busy = Literal["device", "host", "copies"]
+BUSY: tuple[Busy, ...] = get_args(Busy)
 
 
 @dataclass(frozen=True, slots=True)

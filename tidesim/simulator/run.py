@@ -1,35 +1,4 @@
-"""A run of an offloading engine as a SimPy model: the readable reference for what every setting means in time.
-
-Four actors: the main process walks the forwards, the host worker computes missed experts, and one copy engine per
-direction copies experts. Four resources: the device, the host, and the two directions of the link (h2d, d2h). The clock
-counts whole nanoseconds; every duration comes from `tidesim.execution.Costs`.
-
-Time, layer by layer
---------------------
-1. The dense part runs on the device.
-2. Blocking copies: the policy is asked for this layer's refresh and its moves are done at once, all evictions and then
-   all promotions, while nothing else runs (`copy_wait`). Only then hits and misses are counted.
-3. Resident experts run on the device. Those that were promoted in the background and are needed now are waited for,
-   up to the last of them (`copy_wait`). Missed experts run on the host: after the device's part ("serial"), or
-   beside it ("parallel"), starting as soon as the router is done, hence also beside that wait. What then remains of
-   the host's part is `host_wait`.
-4. Background copies: the policy is asked after the layer's experts are done. Its moves count from the next forward on;
-   their copies queue up, first come first served, and nobody waits for them until they are needed. A copy that
-   was queued is done even if its expert is evicted again before it arrives. With write-back the victim goes out
-   before the promoted expert comes into its slot.
-
-A policy that fetches misses (`miss_action` "fetch") has no host part. Background: the copies of the missed experts are
-queued when the router is done, run beside the resident experts, and each fetched expert runs alone once it has
-arrived (`copy_wait` until then). A copy into the slot of an expert that this forward still needs waits until that one
-has run: for a resident one until all residents have. Blocking: the residents run first, then each missed expert is
-copied (after its victim went out, with write-back) and run.
-
-Rows of tokens travel within the host's part and do not queue behind weights. The run ends with its last
-forward; what the copy engines still have to do then is left out of the times, not out of the moves and bytes.
-
-So residency, hits, misses and moves never depend on the clock, and no result depends on the order of events at the
-same instant.
-"""
+"""The actors of a run, and what each of them does."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -44,7 +13,9 @@ from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.policies import ForwardInfo, Policy, Shape
 from tidesim.residency import Moves, Residency, Swap, check_budgets, per_layer
-from tidesim.result import PARTS, RESOURCES, Decision, Interval, RunResult, one_or_each
+from tidesim.result import Decision, Interval, RunResult, one_or_each
+from tidesim.simulator.books import Books
+from tidesim.simulator.contention import SharedMemory
 from tidesim.workload import ForwardKind, Workload
 
 Story = Generator[simpy.Event, Any, None]
@@ -87,7 +58,6 @@ def simulate(
     costs = Costs(model, hardware, execution, int(workload.tokens.max()))
     run = _Run(workload, costs, policy, budgets, decisions, timeline)
     run.play()
-    run.recount()
     is_same_model = workload.model_name == model.name
     return RunResult(
         policy=policy.name,
@@ -101,7 +71,7 @@ def simulate(
         seed=seed,
         num_forwards=workload.num_forwards,
         generated_tokens=workload.generated_tokens,
-        **run.totals(),
+        **run.books.totals(costs),
     )
 
 
@@ -200,6 +170,7 @@ class _Run:
         self.is_background = costs.execution.copies == "background"
         self.is_parallel = costs.execution.host == "parallel"
         self.env = simpy.Environment()
+        self.memory = SharedMemory(self.env, costs.hardware.contention)
         self.device, self.host = simpy.Resource(self.env), simpy.Resource(self.env)
         self.links = {direction: simpy.Resource(self.env) for direction in ("h2d", "d2h")}
         self.orders = {name: simpy.Store(self.env) for name in ("host", "h2d", "d2h")}
@@ -209,26 +180,17 @@ class _Run:
         # By layer: promoted experts on their way, each with the event of its arrival.
         self.in_flight: list[dict[int, simpy.Event]] = [{} for _ in budgets]
 
-        self.decisions, self.timeline = decisions, timeline
-        self.hits = self.misses = self.promotions = self.evictions = 0
-        self.parts_ns = {layer: dict.fromkeys(PARTS, 0) for layer in (*range(len(budgets)), None)}
-        self.busy_ns = dict.fromkeys(RESOURCES, 0)
-        self.busy_until_ns = dict.fromkeys(RESOURCES, 0)
+        self.books = Books(self.env, len(budgets), decisions, timeline)
 
     def play(self) -> None:
-        """Run all actors until the last forward is done."""
+        """Run all actors until the last forward is done, and check the books against what they were made from."""
         self.env.process(self.host_worker())
         self.env.process(self.copy_engine("h2d"))
         self.env.process(self.copy_engine("d2h"))
         self.env.run(until=self.env.process(self.walk_forwards()))
-        if self.timeline is not None:
-            # Whether a copy starts in the run's last instant or just after it is a matter of event order.
-            self.timeline[:] = [interval for interval in self.timeline if interval.start_ns < self.now_ns]
-
-    @property
-    def now_ns(self) -> int:
-        """The clock, in whole nanoseconds."""
-        return int(self.env.now)
+        self.books.close()
+        num_resident = sum(len(ids) for ids in self.residency.placement().experts)
+        self.books.recount(int(self.workload.counts.sum(dtype=np.int64)), num_resident - self.num_loaded)
 
     # --- the main process ---
 
@@ -267,7 +229,7 @@ class _Run:
         if self.is_background:
             moved.append(self.policy.refresh(forward, layer, counts, is_resident))
             self.move_later(forward, layer, moved[-1])
-        self.count(forward, layer, work, moved)
+        self.books.count(forward.index, layer, work.hits, work.misses, moved)
 
     def run_experts(self, forward: ForwardInfo, layer: int, routed: _Routed, work: _Work) -> Story:
         """Resident experts on the device; missed ones on the host, beside it or after it."""
@@ -330,37 +292,36 @@ class _Run:
         for job in order.jobs:
             if job.needs:
                 yield self.env.all_of(job.needs)
-            yield self.busy(resource, job.name, job.duration_ns, order.forward, order.layer)
+            yield from self.busy(resource, job.name, job.duration_ns, order.forward, order.layer)
             job.done.succeed()
 
     # --- what they do ---
 
-    def busy(self, resource: str, name: str, duration_ns: int, forward: int, layer: int | None) -> simpy.Event:
-        """The time that something takes; it is written down that `resource` was busy with it from now on."""
-        end_ns = self.now_ns + duration_ns
-        self.busy_ns[resource] += duration_ns
-        self.busy_until_ns[resource] = end_ns
-        if self.timeline is not None:
-            self.timeline.append(Interval(resource, name, self.now_ns, end_ns, forward, layer))
-        return self.env.timeout(duration_ns)
+    def busy(self, resource: str, name: str, duration_ns: int, forward: int, layer: int | None) -> Story:
+        """Something that takes `duration_ns` alone, and keeps `resource` busy for as long as it lasts."""
+        self.books.begin(resource, name, duration_ns, forward, layer)
+        yield from self.memory.work(resource, duration_ns)
+        self.books.end(resource)
 
     def compute(self, name: str, part: str, cost_ns: tuple[int, int], forward: int, layer: int | None) -> Story:
         """Kernels on the device, and then the launch time that they do not hide."""
         kernel_ns, launch_ns = cost_ns
+        start_ns = self.books.now_ns
         if kernel_ns:
             with self.device.request() as request:
                 yield request
-                yield self.busy("device", name, kernel_ns, forward, layer)
+                yield from self.busy("device", name, kernel_ns, forward, layer)
+        self.books.spend(layer, part, start_ns)
+        start_ns = self.books.now_ns
         if launch_ns:
             yield self.env.timeout(launch_ns)
-        self.parts_ns[layer][part] += kernel_ns
-        self.parts_ns[layer]["launch"] += launch_ns
+        self.books.spend(layer, "launch", start_ns)
 
     def wait_for(self, event: simpy.Event, part: str, layer: int) -> Story:
         """Do nothing until `event` has happened."""
-        start_ns = self.now_ns
+        start_ns = self.books.now_ns
         yield event
-        self.parts_ns[layer][part] += self.now_ns - start_ns
+        self.books.spend(layer, part, start_ns)
 
     def call_host(self, forward: ForwardInfo, layer: int, work: _Work) -> simpy.Event | None:
         """Have the host compute what `layer` misses; the event of its result, None if it misses nothing."""
@@ -381,11 +342,12 @@ class _Run:
         duration_ns = self.costs.promote_ns if direction == "h2d" else self.costs.evict_ns
         if not experts or not duration_ns:
             return
+        start_ns = self.books.now_ns
         with self.links[direction].request() as request:
             yield request
             for expert in experts:
-                yield self.busy(direction, f"{name} {expert}", duration_ns, forward.index, layer)
-        self.parts_ns[layer]["copy_wait"] += len(experts) * duration_ns
+                yield from self.busy(direction, f"{name} {expert}", duration_ns, forward.index, layer)
+        self.books.spend(layer, "copy_wait", start_ns)
 
     def move_later(self, forward: ForwardInfo, layer: int, moves: Moves) -> None:
         """Do the moves of a refresh on paper, and leave the copies to the copy engines."""
@@ -420,50 +382,6 @@ class _Run:
         for expert in [expert for expert, arrival in in_flight.items() if arrival.processed]:
             del in_flight[expert]
         return [arrival for expert, arrival in in_flight.items() if routed.counts[layer, expert]]
-
-    # --- the books ---
-
-    def count(self, forward: ForwardInfo, layer: int, work: _Work, moved: list[Moves]) -> None:
-        """Write down what was decided for one layer of one forward."""
-        promote = tuple(expert for moves in moved for expert in moves.promote)
-        evict = tuple(expert for moves in moved for expert in moves.evict)
-        self.hits += work.hits
-        self.misses += work.misses
-        self.promotions += len(promote)
-        self.evictions += len(evict)
-        if self.decisions is not None:
-            self.decisions(Decision(forward.index, layer, promote, evict, work.hits, work.misses))
-
-    def recount(self) -> None:
-        """Check the books against what they were made from."""
-        assert self.hits + self.misses == int(self.workload.counts.sum(dtype=np.int64))
-        num_resident = sum(len(ids) for ids in self.residency.placement().experts)
-        assert self.promotions - self.evictions == num_resident - self.num_loaded
-        assert sum(sum(parts.values()) for parts in self.parts_ns.values()) == self.env.now
-
-    def totals(self) -> dict[str, Any]:
-        """What a `RunResult` counts and times."""
-        copies_of = {
-            "h2d": (self.promotions, self.costs.promote_bytes),
-            "d2h": (self.evictions, self.costs.evict_bytes),
-        }
-        num_copied = sum(num_experts for num_experts, num_bytes in copies_of.values() if num_bytes)
-        makespan_ns = self.now_ns
-        return {
-            "hits": self.hits,
-            "misses": self.misses,
-            "promotions": self.promotions,
-            "evictions": self.evictions,
-            "num_copies": num_copied * self.costs.execution.copies_per_expert,
-            "h2d_bytes": self.promotions * self.costs.promote_bytes,
-            "d2h_bytes": self.evictions * self.costs.evict_bytes,
-            "makespan_ns": makespan_ns,
-            "layer_parts_ns": tuple(tuple(parts.values()) for parts in self.parts_ns.values()),
-            # A copy engine may be in the middle of a copy when the run ends.
-            "busy_ns": {
-                name: busy_ns - max(0, self.busy_until_ns[name] - makespan_ns) for name, busy_ns in self.busy_ns.items()
-            },
-        }
 
 
 def _per_forward(cost_ns: tuple[Ints, Ints]) -> list[tuple[int, int]]:
