@@ -1,7 +1,10 @@
 """The time model once more, as a recurrence over plain numbers: no events, no processes, nothing shared but the costs.
 
-It walks the forwards once. `now` is the main process; a link is the moment at which it is free again.
+It walks the forwards once. `now` is the main process; a link is the moment at which it is free again. Nobody slows
+anybody here, but everything that the device, the host or the links do may be stretched by a factor of theirs.
 """
+
+import math
 
 import numpy as np
 
@@ -15,7 +18,8 @@ from tidesim.workload import ForwardKind
 class Clock:
     """Where the main process is, when each link is free, and what was done so far."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, stretch=None) -> None:
+        self.stretch = stretch or {}
         self.now = 0
         self.free = {"h2d": 0, "d2h": 0}
         self.uses = {"device": [], "host": [], "h2d": [], "d2h": []}
@@ -29,25 +33,32 @@ class Clock:
     def wait(self, layer, part, until):
         self.spend(layer, part, max(0, until - self.now))
 
+    def slow(self, resource, duration):
+        return math.ceil(int(duration) * self.stretch.get(resource, 1))
+
     def compute(self, layer, part, kernel, launch):
+        kernel = self.slow("device", kernel)
         self.uses["device"].append((self.now, self.now + kernel))
         self.spend(layer, part, int(kernel))
         self.spend(layer, "launch", int(launch))
 
     def copy(self, direction, ready, duration):
         """The end of a copy that is next in line and may start at `ready`."""
-        start = max(ready, self.free[direction])
+        start, duration = max(ready, self.free[direction]), self.slow(direction, duration)
         self.free[direction] = start + duration
         self.uses[direction].append((start, start + duration))
         return start + duration
 
 
-def timed_by_hand(workload, model, hardware, policy, budgets, execution):
-    """(parts of each layer and outside, busy time of each resource) of a run."""
+def timed_by_hand(workload, model, hardware, policy, budgets, execution, stretch=None):
+    """(parts of each layer and outside, busy time of each resource) of a run.
+
+    `stretch` has a factor for each resource whose work takes longer.
+    """
     costs = Costs(model, hardware, execution, int(workload.tokens.max()))
     shape = Shape(model.num_experts, tuple(budgets))
     residency = Residency(model.num_experts, budgets, policy.initial(shape))
-    clock = Clock(model.num_layers)
+    clock = Clock(model.num_layers, stretch)
     one = [slice(index, index + 1) for index in range(workload.num_forwards)]
     for index in range(workload.num_forwards):
         tokens, context, logits = (
@@ -91,7 +102,8 @@ def run_layer(clock, costs, residency, policy, info, layer, counts):
         fetch(clock, costs, residency, policy, info, layer, counts, missed.tolist(), needed, kernels)
     else:
         pairs = int(counts[missed].sum())
-        host = int(costs.host_expert_ns[counts[missed]].sum() + costs.host_layer_ns[min(info.tokens, pairs)])
+        host = costs.host_expert_ns[counts[missed]].sum() + costs.host_layer_ns[min(info.tokens, pairs)]
+        host = clock.slow("host", host)
         start = clock.now
         clock.wait(layer, "copy_wait", needed)
         clock.compute(layer, "device", *kernels)
