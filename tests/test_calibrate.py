@@ -3,6 +3,7 @@
 How fast anything is depends on the machine, so no test here asks for a time.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +32,8 @@ from tidesim.engine.calibrate import (
     storage,
 )
 from tidesim.engine.calibrate import accelerator as on_accelerator
-from tidesim.engine.calibrate.measured import MIN_ROUNDS, sample
+from tidesim.engine.calibrate import measured as measured_module
+from tidesim.engine.calibrate.measured import MIN_ROUNDS, OtherProcesses, sample
 from tidesim.engine.cores import Cores
 from tidesim.errors import ProfileError
 from tidesim.hardware import CURVE_KEYS, FIGURE_KEYS, load_hardware
@@ -156,14 +158,36 @@ def test_memory_ends_where_the_control_group_says(tmp_path: Path, group: str, fi
     assert host.memory_bytes(tmp_path) == 123456789
 
 
-def test_other_processes_are_those_that_the_system_counts_beside_this_one(tmp_path: Path) -> None:
-    assert host.OtherProcesses(tmp_path).cores() is None
-    write(tmp_path, "proc/stat", "cpu  100 0 100 0 0 0 0 0 0 0\ncpu0 1\n")
-    others = host.OtherProcesses(tmp_path)
-    write(tmp_path, "proc/stat", "cpu  900000000 0 100 0 0 0 0 0 0 0\ncpu0 1\n")
-    cores = others.cores()
-    assert cores is not None
-    assert cores > 0
+def test_other_processes_are_those_that_the_system_counts_beside_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert OtherProcesses(tmp_path).cores() is None
+    monkeypatch.setattr(measured_module, "perf_counter", count(0, 10).__next__)
+    ticks = os.sysconf("SC_CLK_TCK")
+    write(tmp_path, "proc/stat", "cpu  100 0 100 5 5 0 0 0 0 0\ncpu0 1\n")
+    others = OtherProcesses(tmp_path)
+    write(tmp_path, "proc/stat", f"cpu  {100 + 15 * ticks} 0 100 9999 9999 0 0 0 0 0\ncpu0 1\n")
+    assert others.cores() == pytest.approx(1.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("busy", "kept"),
+    [
+        ([0.0, 2.0, 0.1, 0.0], [0, 2, 3]),
+        ([2.0, 0.0, 2.0, 0.0, 0.0], [1, 3, 4]),
+        ([3.0, 1.0, 3.0, 2.0, 2.0, 3.0], [1, 3, 4]),
+    ],
+)
+def test_rounds_beside_busy_processes_are_left_out(
+    busy: list[float], kept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = count()
+    monkeypatch.setattr(measured_module, "perf_counter", clock.__next__)
+    values, cores = count(-1), iter(busy)
+    monkeypatch.setattr(OtherProcesses, "__init__", lambda self: None)
+    monkeypatch.setattr(OtherProcesses, "cores", lambda self: next(cores))
+    # The clock is asked once before the rounds and once before each one that is not among the first three.
+    assert sample({"a": lambda: next(values)}, 3, len(busy) - 2.5)["a"] == kept
 
 
 def test_a_call_of_a_worker_takes_some_time() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -53,32 +52,6 @@ def _group_limits(root: Path) -> Iterator[int]:
                 yield int(file.read_text(encoding="ascii"))
             except (OSError, ValueError):
                 continue  # not there, or "max"
-
-
-class OtherProcesses:
-    """How busy all others keep the cores, from when this is made; for systems that have /proc/stat."""
-
-    def __init__(self, root: Path = Path("/")) -> None:
-        self._file = root / "proc/stat"
-        self._start = self._now()
-
-    def cores(self) -> float | None:
-        """Cores that were busy on average with what is not this process; None if the system does not tell."""
-        start, end = self._start, self._now()
-        if start is None or end is None or end[1] <= start[1]:
-            return None
-        return max(0.0, (end[0] - start[0]) / (end[1] - start[1]))
-
-    def _now(self) -> tuple[float, float] | None:
-        """Seconds that cores have spent on others since the system started, and seconds since then."""
-        try:
-            ticks = [int(word) for word in self._file.read_text(encoding="ascii").split("\n", 1)[0].split()[1:]]
-        except (OSError, ValueError):
-            return None
-        user, nice, system, _, _, interrupts, soft_interrupts, stolen = ticks[:8]
-        own = os.times()
-        busy_s = (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
-        return busy_s - own.user - own.system, perf_counter()
 
 
 def worker_call(repeats: int = 15, limit_s: float = 1.0) -> Measured:
@@ -160,7 +133,7 @@ def copy_sweep(
 
 def duplex_share(copies: HostCopies, size: int, repeats: int = 9, limit_s: float = 3.0) -> Measured:
     """Share of its rate that a copy of `size` bytes keeps while another one runs."""
-    num_copies = max(4, batch(size))
+    num_copies = min(64, max(4, 2**28 // size))
     with ThreadPoolExecutor(2) as threads:
 
         def run(num_threads: int) -> float:

@@ -4,8 +4,10 @@ Every measurement alternates between the conditions that it compares, so that wh
 of them alike, and throws its first round away: threads start there, pages are touched and code is compiled.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Self, TypeVar
 
@@ -15,6 +17,9 @@ from scipy.optimize import nnls
 from tidesim.errors import ProfileError
 
 MIN_ROUNDS = 3
+# Other processes may use so many cores, or so much of all cores, before a round counts as disturbed.
+_CALM_CORES, _CALM_SHARE = 0.25, 0.1
+_SHORT_S = 0.05  # some ticks of the clock that the system counts busy time with
 Key = TypeVar("Key")
 Sample = TypeVar("Sample")
 
@@ -56,25 +61,60 @@ class Measured:
         return f"{self.note}; median of {self.repeats}, quartiles {100 * self.spread:.1f} % apart"
 
 
+class OtherProcesses:
+    """How busy all others keep the cores, from when this is made on; for systems that have /proc/stat."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._file = root / "proc/stat"
+        self._start = self._now()
+
+    def cores(self) -> float | None:
+        """Cores that were busy on average with what is not this process.
+
+        None if the system does not tell, or counts too coarsely for so short a time.
+        """
+        start, end = self._start, self._now()
+        if start is None or end is None or end[1] - start[1] < _SHORT_S:
+            return None
+        return max(0.0, (end[0] - start[0]) / (end[1] - start[1]))
+
+    def _now(self) -> tuple[float, float] | None:
+        """Seconds that cores have spent on others since the system started, and seconds since then."""
+        try:
+            ticks = [int(word) for word in self._file.read_text(encoding="ascii").split("\n", 1)[0].split()[1:]]
+        except (OSError, ValueError):
+            return None
+        user, nice, system, _, _, interrupts, soft_interrupts, stolen = ticks[:8]
+        own = os.times()
+        busy_s = (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
+        return busy_s - own.user - own.system, perf_counter()
+
+
 def sample(measures: Mapping[Key, Callable[[], Sample]], repeats: int, limit_s: float) -> dict[Key, list[Sample]]:
     """Samples of each measure, taken in turn, round after round.
+
+    Rounds beside busy other processes say little about the machine. They are left out, and further ones taken while
+    there is time, as long as `MIN_ROUNDS` are left; else the calmest of all are kept.
 
     Parameters
     ----------
     measures : name -> what takes one sample.
-    repeats : rounds, without the first one, which is thrown away.
+    repeats : rounds to keep, without the first one, which is thrown away.
     limit_s : no round begins later than this, but for the first `MIN_ROUNDS` of them.
     """
     for measure in measures.values():
         measure()
-    samples: dict[Key, list[Sample]] = {name: [] for name in measures}
+    rounds: list[tuple[float, dict[Key, Sample]]] = []
+    num_calm, calm_cores = 0, max(_CALM_CORES, _CALM_SHARE * (os.cpu_count() or 1))
     end_s = perf_counter() + limit_s
-    for number in range(max(repeats, MIN_ROUNDS)):
-        if number >= MIN_ROUNDS and perf_counter() > end_s:
-            break
-        for name, measure in measures.items():
-            samples[name].append(measure())
-    return samples
+    while num_calm < max(repeats, MIN_ROUNDS) and (len(rounds) < MIN_ROUNDS or perf_counter() < end_s):
+        others = OtherProcesses()
+        taken = {name: measure() for name, measure in measures.items()}
+        rounds.append((others.cores() or 0.0, taken))
+        num_calm += rounds[-1][0] <= calm_cores
+    by_calm = sorted(range(len(rounds)), key=lambda number: rounds[number][0])
+    kept = sorted(by_calm[: max(num_calm, MIN_ROUNDS)])
+    return {name: [rounds[number][1][name] for number in kept] for name in measures}
 
 
 def seconds(run: Callable[[], object]) -> float:
