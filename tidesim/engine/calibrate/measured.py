@@ -94,7 +94,7 @@ def sample(measures: Mapping[Key, Callable[[], Sample]], repeats: int, limit_s: 
     """Samples of each measure, taken in turn, round after round.
 
     Rounds beside busy other processes say little about the machine. They are left out, and further ones taken while
-    there is time, as long as `MIN_ROUNDS` are left; else the calmest of all are kept.
+    there is time. Where fewer than `MIN_ROUNDS` were calm, the calmest ones are kept, as many as asked for.
 
     Parameters
     ----------
@@ -107,13 +107,14 @@ def sample(measures: Mapping[Key, Callable[[], Sample]], repeats: int, limit_s: 
     rounds: list[tuple[float, dict[Key, Sample]]] = []
     num_calm, calm_cores = 0, max(_CALM_CORES, _CALM_SHARE * (os.cpu_count() or 1))
     end_s = perf_counter() + limit_s
-    while num_calm < max(repeats, MIN_ROUNDS) and (len(rounds) < MIN_ROUNDS or perf_counter() < end_s):
+    repeats = max(repeats, MIN_ROUNDS)
+    while num_calm < repeats and (len(rounds) < MIN_ROUNDS or perf_counter() < end_s):
         others = OtherProcesses()
         taken = {name: measure() for name, measure in measures.items()}
         rounds.append((others.cores() or 0.0, taken))
         num_calm += rounds[-1][0] <= calm_cores
     by_calm = sorted(range(len(rounds)), key=lambda number: rounds[number][0])
-    kept = sorted(by_calm[: max(num_calm, MIN_ROUNDS)])
+    kept = sorted(by_calm[: num_calm if num_calm >= MIN_ROUNDS else repeats])
     return {name: [rounds[number][1][name] for number in kept] for name in measures}
 
 

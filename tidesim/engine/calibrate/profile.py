@@ -56,7 +56,7 @@ class Settings:
     drive_bytes: int = storage.SCRATCH_BYTES
     copy_sizes: tuple[int, ...] = host.SIZES
     read_sizes: tuple[int, ...] = storage.SIZES
-    budget_s: float = 150.0
+    budget_s: float = 120.0
 
 
 def calibrate(
