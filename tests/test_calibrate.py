@@ -186,8 +186,8 @@ def test_rounds_beside_busy_processes_are_left_out(
     values, cores = count(-1), iter(busy)
     monkeypatch.setattr(OtherProcesses, "__init__", lambda self: None)
     monkeypatch.setattr(OtherProcesses, "cores", lambda self: next(cores))
-    # The clock is asked once before the rounds and once before each one that is not among the first three.
-    assert sample({"a": lambda: next(values)}, 3, len(busy) - 2.5)["a"] == kept
+    # The clock moves on by 1 each time it is asked: before the rounds, and before each that is not of the first three.
+    assert sample({"a": lambda: next(values)}, 3, (len(busy) - 2.5) / 2)["a"] == kept
 
 
 def test_a_call_of_a_worker_takes_some_time() -> None:

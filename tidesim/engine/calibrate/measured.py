@@ -94,21 +94,25 @@ def sample(measures: Mapping[Key, Callable[[], Sample]], repeats: int, limit_s: 
     """Samples of each measure, taken in turn, round after round.
 
     Rounds beside busy other processes say little about the machine. They are left out, and further ones taken while
-    there is time. Where fewer than `MIN_ROUNDS` were calm, the calmest ones are kept, as many as asked for.
+    there is time, twice as much of it if need be. Where fewer than `MIN_ROUNDS` were calm even so, the calmest ones are
+    kept, as many as asked for.
 
     Parameters
     ----------
     measures : name -> what takes one sample.
     repeats : rounds to keep, without the first one, which is thrown away.
-    limit_s : no round begins later than this, but for the first `MIN_ROUNDS` of them.
+    limit_s : no round begins later than this (twice this while `MIN_ROUNDS` calm ones are missing), but for the first
+        `MIN_ROUNDS` of them.
     """
     for measure in measures.values():
         measure()
     rounds: list[tuple[float, dict[Key, Sample]]] = []
     num_calm, calm_cores = 0, max(_CALM_CORES, _CALM_SHARE * (os.cpu_count() or 1))
-    end_s = perf_counter() + limit_s
-    repeats = max(repeats, MIN_ROUNDS)
-    while num_calm < repeats and (len(rounds) < MIN_ROUNDS or perf_counter() < end_s):
+    start_s = perf_counter()
+    while num_calm < repeats:
+        allowed_s = limit_s if num_calm >= MIN_ROUNDS else 2 * limit_s
+        if len(rounds) >= MIN_ROUNDS and perf_counter() - start_s > allowed_s:
+            break
         others = OtherProcesses()
         taken = {name: measure() for name, measure in measures.items()}
         rounds.append((others.cores() or 0.0, taken))
