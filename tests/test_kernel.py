@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from tidesim.engine import kernel
-from tidesim.engine.cores import Cores, CpuLinear
+from tidesim.engine.cores import Cores
+from tidesim.engine.cpu_network import CpuLinear
 from tidesim.engine.kernel import ExpertWeights, sorted_pairs
 
 E, D, K, WIDTH = 12, 40, 3, 14

@@ -23,13 +23,14 @@ RANKS = (
     ("statistics", "synthesize", "simulator"),
     ("planner",),
     ("engine", "report", "console"),
+    ("validate",),
     ("cli",),
     ("__main__", "__init__"),
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 ONLY_USER = {"yaml": "hardware", "h5py": "trace", "simpy": "simulator", "pulp": "planner", "torch": "engine"}
-# Lazy on purpose: the one command that runs the network imports it inside.
-LAZY = {("cli", "torch"), ("cli", "engine")}
+# Lazy on purpose: the commands that run the network import it inside.
+LAZY = {("cli", "torch"), ("cli", "engine"), ("cli", "validate")}
 
 
 def modules() -> list[Path]:

@@ -64,6 +64,20 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
+@contextmanager
+def steps(title: str) -> Iterator[Callable[[str, float], None]]:
+    """A function that says which step comes next and which share is behind: a bar on a terminal, nothing in a pipe."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(title, total=1.0, step="")
+
+        def advance(step: str, share: float) -> None:
+            bar.update(task, completed=share, step=step)
+
+        yield advance
+
+
 # --- traces ---
 
 
@@ -321,3 +335,64 @@ def _memory(memory: Document, chosen: Document) -> str:
 def _tide(tide: Document) -> str:
     fit = tide["fit"]
     return f"refresh every {tide['interval']} steps at budget {tide['budget']} (drift d = {fit['drift']:.3f} a step)"
+
+
+# --- measured against predicted ---
+
+
+def profile_tables(document: Document) -> RenderableType:
+    """A calibrated profile: every figure with the spread of its samples, as its source tells."""
+    facts = {
+        "profile": document["path"],
+        "machine": document["description"],
+        "check": f"a real denoising step is predicted {100 * document['step_error']:+.1f} % off",
+    }
+    table = _table("Figures", left=("figure",), right=("value",))
+    table.add_column("how", overflow="fold")
+    for path, figure in _figures(document):
+        table.add_row(path, figure["value"], figure["source"])
+    return Group(_facts("Calibrated", facts), table)
+
+
+def _figures(node: Document, path: str = "") -> Iterator[tuple[str, dict[str, str]]]:
+    """The figures and curves of a profile by their dotted path; a curve's value is its rates."""
+    for name, below in node.items():
+        here = f"{path}.{name}" if path else name
+        if not isinstance(below, Mapping):
+            continue
+        if "source" not in below:
+            yield from _figures(below, here)
+            continue
+        shown = (
+            f"{below['value']:.4g}"
+            if "value" in below
+            else " ".join(f"{rows}:{rate:.3g}" for rows, rate in zip(below["rows"], below["gflops"], strict=True))
+        )
+        yield here, {"value": shown, "source": below["source"]}
+
+
+def validation_tables(document: Document) -> RenderableType:
+    """Predicted and measured side by side, and how well they agree over the whole grid."""
+    right = ("predicted, tok/s", "measured, tok/s", "error", "spread", "hit rate", "decisions that differ")
+    table = _table("Predicted and measured", left=("case",), right=right)
+    for row in document["rows"]:
+        table.add_row(
+            row["case"],
+            f"{row['predicted_tok_per_s']:.3f}",
+            f"{row['measured_tok_per_s']:.3f}",
+            f"{100 * row['error']:+.1f} %",
+            f"{100 * row['spread']:.1f} %",
+            f"{100 * row['hit_rate']:.1f} %",
+            str(row["num_differences"]),
+        )
+    facts = {
+        "model": document["model"],
+        "routing": document["trace_origin"],
+        "machine": f"{document['machine']}; profile {document['profile']}",
+        "cases": f"{document['num_cases']}, {document['num_forwards']} forwards each",
+        "error": f"median {100 * document['median_error']:.1f} %, worst {100 * document['worst_error']:.1f} %",
+        "spread": f"median {100 * document['median_spread']:.1f} % between repeats of one case",
+        "ranking": f"Kendall's tau {document['kendall_tau']:.3f}",
+        "decisions": f"{document['num_differences']} differ between engine and simulator",
+    }
+    return Group(table, _facts("Agreement", facts))

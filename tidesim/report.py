@@ -1,10 +1,15 @@
-"""Pictures of runs: so far the timeline, in the event format that Perfetto and chrome://tracing open."""
+"""Pictures of runs: the timeline, in the event format that Perfetto and chrome://tracing open, and figures (PNG).
+
+matplotlib is imported when a figure is drawn: it comes with the engine, and nothing else needs it.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tidesim.result import RESOURCES, Interval, RunResult
+from tidesim.errors import InputError
+from tidesim.result import PARTS, RESOURCES, Interval, RunResult
 
 
 def save_timeline(intervals: Sequence[Interval], result: RunResult, path: Path) -> None:
@@ -31,3 +36,74 @@ def save_timeline(intervals: Sequence[Interval], result: RunResult, path: Path) 
     ]
     document = {"traceEvents": names + events, "displayTimeUnit": "ms", "metadata": result.to_dict()}
     path.write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+# Categorical colours that stay apart for most colour-blind readers: Okabe and Ito, Color Universal Design (2008).
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+
+
+def save_validation(document: Mapping[str, Any], path: Path) -> None:
+    """Draw a validation (`Validation.to_dict`): predicted over measured by policy, and where the time goes in both.
+
+    Raise InputError if matplotlib is not installed or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise InputError("drawing needs matplotlib: install the extra, pip install 'tidesim[engine]'.") from None
+    rows = document["rows"]
+    figure = Figure(figsize=(14, 0.24 * len(rows) + 4), layout="constrained")
+    scatter, bars = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    _draw_scatter(scatter, rows)
+    _draw_parts(bars, rows, document["num_forwards"])
+    figure.suptitle(
+        f"{document['model']} on {document['machine']} ({document['trace_origin']} routing): median error "
+        f"{100 * document['median_error']:.1f} %, worst {100 * document['worst_error']:.1f} %, "
+        f"Kendall's tau {document['kendall_tau']:.2f}",
+        fontsize=10,
+        wrap=True,
+    )
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
+
+
+def _draw_scatter(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Each case as a point with the range of its repeats; on the diagonal, prediction and measurement agree."""
+    for number, name in enumerate(dict.fromkeys(row["policy"] for row in rows)):
+        mine = [row for row in rows if row["policy"] == name]
+        measured = [row["measured_tok_per_s"] for row in mine]
+        below = [row["measured_tok_per_s"] - min(row["repeats_tok_per_s"]) for row in mine]
+        above = [max(row["repeats_tok_per_s"]) - row["measured_tok_per_s"] for row in mine]
+        axes.errorbar(
+            measured,
+            [row["predicted_tok_per_s"] for row in mine],
+            xerr=[below, above],
+            fmt="o",
+            markersize=5,
+            color=_COLOURS[number % len(_COLOURS)],
+            label=name,
+        )
+    ends = [min(min(row["repeats_tok_per_s"]) for row in rows), max(max(row["repeats_tok_per_s"]) for row in rows)]
+    axes.plot(ends, ends, color="0.4", linewidth=1, label="equal")
+    axes.fill_between(ends, [0.95 * end for end in ends], [1.05 * end for end in ends], color="0.9", label="within 5 %")
+    axes.set(xlabel="measured, tok/s (median, range of repeats)", ylabel="predicted, tok/s", title="Throughput")
+    axes.legend(frameon=False)
+
+
+def _draw_parts(axes: Any, rows: Sequence[Mapping[str, Any]], num_forwards: int) -> None:
+    """Milliseconds a forward by part: measured above, predicted below, a pair of bars for each case."""
+    for number, row in enumerate(rows):
+        for offset, side in ((-0.2, "measured"), (0.2, "predicted")):
+            left = 0.0
+            for colour, part in zip(_COLOURS, PARTS, strict=False):
+                width = 1e3 * row[f"{side}_parts_s"][part] / num_forwards
+                label = part.replace("_", " ") if number == 0 and side == "measured" else None
+                alpha = 1.0 if side == "measured" else 0.55
+                axes.barh(number + offset, width, 0.38, left=left, color=colour, alpha=alpha, label=label)
+                left += width
+    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms a forward: measured above, predicted (paler) below", title="Where the time goes")
+    axes.legend(frameon=False, fontsize=8)

@@ -84,6 +84,27 @@ class Workload:
         """L, the number of MoE layers."""
         return int(self.counts.shape[1])
 
+    def first(self, num_forwards: int | None) -> Self:
+        """The first so many forwards, or all of them; `generated_tokens` shrinks in proportion to denoise forwards.
+
+        Raise ValueError if `num_forwards` < 1.
+        """
+        if num_forwards is None or num_forwards >= self.num_forwards:
+            return self
+        if num_forwards < 1:
+            raise ValueError(f"num_forwards(={num_forwards}) must be >= 1.")
+        columns = ("counts", "kind", "sequence", "block", "step", "is_first_block", "tokens", "context_tokens")
+        cut = {name: getattr(self, name)[:num_forwards] for name in (*columns, "logit_tokens")}
+        is_denoise = self.kind == ForwardKind.DENOISE
+        share = is_denoise[:num_forwards].sum() / max(1, is_denoise.sum())
+        return replace(
+            self,
+            **cut,
+            generated_tokens=round(self.generated_tokens * share),
+            num_sequences=len(np.unique(cut["sequence"])),
+            max_tokens=int((cut["tokens"] + cut["context_tokens"]).max()),
+        )
+
     def tiled(self, num_layers: int) -> Self:
         """The same workload for a network of `num_layers` MoE layers: its layer i is layer i % L of this one.
 

@@ -1,7 +1,7 @@
 """Commands that run a network, on whatever device there is."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,15 +24,16 @@ from tidesim.cli.app import (
     numbers,
 )
 from tidesim.errors import InputError
-from tidesim.execution import execution
-from tidesim.hardware import load_hardware
+from tidesim.execution import GIB, execution
+from tidesim.hardware import Hardware, load_hardware
 from tidesim.planner import Plan
 from tidesim.policies import POLICIES
-from tidesim.report import save_timeline
+from tidesim.report import save_timeline, save_validation
 from tidesim.shipped import find_shipped
 from tidesim.trace import Trace
 
 if TYPE_CHECKING:
+    from tidesim.engine.calibrate import Settings
     from tidesim.engine.choice import Choice
     from tidesim.engine.live import DeviceSettings, LiveModel
 
@@ -159,14 +160,12 @@ def run(
         from tidesim.engine.generate import Sampler
         from tidesim.engine.session import Session
         from tidesim.engine.tokenizer import Prompt, read_prompts
-    settings = _device(device, device_threads, host_threads, pace)
+    settings, machine = _device(device, device_threads, host_threads, pace)
+    _check_routing(dummy_weights, routing)
     sampler = Sampler(gen_length=gen_length, steps=steps, threshold=threshold, temperature=temperature)
-    if dummy_weights is not None and routing is None:
-        raise InputError("dummy weights write no text; name a trace whose forwards to run, --routing TRACE.")
     requests = [Prompt(text=prompt)] if prompt is not None else read_prompts(prompts, limit, chat)
     with _model(model, dummy_weights, layers, settings, seed) as live, decisions_file(decisions) as write_decision:
         choice = _choice(live, plan, policy_name, budget, refresh_interval, execution_name)
-        machine = f"{settings.description}{'' if pace is None else f', link of {load_hardware(pace).name}'}"
         session = Session(
             live, choice, machine=machine, seed=seed, decisions=write_decision, is_detailed=timeline is not None
         )
@@ -187,6 +186,107 @@ def run(
     console.show(outcome.to_dict(), console.result_tables, as_json)
 
 
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Profile file to write (YAML).")],
+    model: Annotated[
+        str, typer.Option(help="Model whose sizes to measure at: a folder or shipped name.")
+    ] = "llada2.0-mini",
+    name: Annotated[str | None, typer.Option(help="Name of the profile; default: that of the file.")] = None,
+    device: DeviceOption = "auto",
+    device_threads: DeviceThreads = None,
+    host_threads: HostThreads = None,
+    pace: PaceOption = None,
+    device_memory_gib: Annotated[
+        float | None, typer.Option(help="Memory of an emulated device; default: half of the machine's.")
+    ] = None,
+    drive_folder: Annotated[Path, typer.Option(help="Where a scratch file may lie that is read directly.")] = Path(),
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure this machine into a profile, and reject it if it does not predict a real denoising step."""
+    with engine_extra():
+        from tidesim.validate import calibrated_profile
+    settings, _ = _device(device, device_threads, host_threads, pace)
+    with console.steps("calibrating") as step:
+        profile, error = calibrated_profile(
+            find_shipped("models", model),
+            settings,
+            _calibration(settings, device_memory_gib, drive_folder),
+            name=name or out.stem,
+            seed=seed,
+            progress=step,
+        )
+    profile.to_yaml(out)
+    console.show({"path": str(out), "step_error": error, **profile.content()}, console.profile_tables, as_json)
+
+
+@app.command()
+def validate(
+    out: Annotated[Path, typer.Option(help="Folder for measurements, table (CSV) and picture.")],
+    model: FolderOption = "llada2-tiny",
+    hardware: Annotated[
+        str | None, typer.Option("--hardware", help="Calibrated profile of this machine; measured first if left out.")
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option("--grid", help='JSON: {"policies": [...], "budgets": [...], "intervals": [...]}.')
+    ] = None,
+    prompts: PromptsOption = None,
+    limit: LimitOption = None,
+    gen_length: GenLengthOption = 128,
+    execution_name: ExecutionOption = "overlapped",
+    device: DeviceOption = "auto",
+    device_threads: DeviceThreads = None,
+    host_threads: HostThreads = None,
+    pace: PaceOption = None,
+    dummy_weights: DummyOption = None,
+    layers: LayersOption = None,
+    routing: RoutingOption = None,
+    sequences: SequencesOption = None,
+    forwards: Annotated[int | None, typer.Option(help="The first so many forwards of --routing.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure a grid of choices on this machine, simulate each on the same routing, and set both side by side."""
+    with engine_extra():
+        from tidesim.engine.generate import Sampler
+        from tidesim.engine.session import Session
+        from tidesim.engine.tokenizer import read_prompts
+        from tidesim.validate import ForcedSource, PromptSource, default_grid, read_grid
+        from tidesim.validate import validate as run_validation
+    settings, machine = _device(device, device_threads, host_threads, pace)
+    _check_routing(dummy_weights, routing)
+    out.mkdir(parents=True, exist_ok=True)
+    profile = _profile(hardware, settings, dummy_weights or model, out, seed)
+    with _model(model, dummy_weights, layers, settings, seed) as live, ExitStack() as stack:
+        num_experts, how = live.sizes.num_experts, execution(execution_name)
+        first = Session(live, _choice(live, None, "all-host", "0", None, execution_name), machine=machine, seed=seed)
+        source: ForcedSource | PromptSource
+        if routing is not None:
+            opened = stack.enter_context(Trace.open(routing))
+            source = ForcedSource(first, opened, range(len(opened.sequences))[:sequences], forwards)
+        else:
+            requests = read_prompts(prompts, limit, is_chat=False)
+            folder, sampler = find_shipped("models", model), Sampler(gen_length=gen_length)
+            source = PromptSource(first, folder, requests, sampler, out / "routing.h5")
+        validation = run_validation(
+            live,
+            source,
+            default_grid(num_experts) if grid is None else read_grid(grid, num_experts),
+            how,
+            profile,
+            out / "measurements.jsonl",
+            machine=machine,
+            repeats=repeats,
+            seed=seed,
+            progress=stack.enter_context(console.progress("validating")),
+        )
+    validation.save_csv(out / "validation.csv")
+    save_validation(validation.to_dict(), out / "validation.png")
+    console.show(validation.to_dict(), console.validation_tables, as_json)
+
+
 # --- from options to values ---
 
 
@@ -201,28 +301,63 @@ def engine_extra() -> Iterator[None]:
         ) from None
 
 
-def _device(device: str, device_threads: int | None, host_threads: int | None, pace: str | None) -> "DeviceSettings":
+def _device(
+    device: str, device_threads: int | None, host_threads: int | None, pace: str | None
+) -> tuple["DeviceSettings", str]:
+    """On what to run, and what results call that."""
     from tidesim.engine.emulated import Pace
     from tidesim.engine.live import DeviceSettings
 
     threads = {"device_threads": device_threads, "host_threads": host_threads}
     given = {name: number for name, number in threads.items() if number is not None}
-    return DeviceSettings(device=device, pace=Pace() if pace is None else Pace.of(load_hardware(pace)), **given)
+    link = None if pace is None else load_hardware(pace)
+    settings = DeviceSettings(device=device, pace=Pace() if link is None else Pace.of(link), **given)
+    return settings, settings.description + ("" if link is None else f", link of {link.name}")
+
+
+def _check_routing(dummy_weights: str | None, routing: str | None) -> None:
+    if dummy_weights is not None and routing is None:
+        raise InputError("dummy weights write no text; name a trace whose forwards to run, --routing TRACE.")
+
+
+def _calibration(settings: "DeviceSettings", device_memory_gib: float | None, drive_folder: Path) -> "Settings":
+    from tidesim.engine.calibrate import Settings
+
+    if device_memory_gib is not None and not 0 < device_memory_gib < 1e6:
+        raise InputError(f"device-memory-gib(={device_memory_gib}) must be > 0.")
+    return Settings(
+        device_threads=settings.device_threads,
+        host_threads=settings.host_threads,
+        device_memory_bytes=None if device_memory_gib is None else round(device_memory_gib * GIB),
+        drive_folder=drive_folder,
+    )
+
+
+def _profile(hardware: str | None, settings: "DeviceSettings", model: str, out: Path, seed: int) -> Hardware:
+    """The profile named, or one of this machine that is measured now and kept in `out`."""
+    from tidesim.validate import calibrated_profile
+
+    kept = out / "profile.yaml"
+    if hardware is not None or kept.is_file():
+        return load_hardware(hardware or str(kept))
+    with console.steps("calibrating") as step:
+        shape = find_shipped("models", model)
+        how = _calibration(settings, None, out)
+        profile, _ = calibrated_profile(shape, settings, how, name="this machine", seed=seed, progress=step)
+    profile.to_yaml(kept)
+    return profile
 
 
 def _model(
     model: str, dummy_weights: str | None, layers: int | None, settings: "DeviceSettings", seed: int
 ) -> "LiveModel":
-    import torch
-
     from tidesim.engine.live import dummy_model, open_model
 
     if dummy_weights is None:
         if layers is not None:
             raise InputError(f"layers(={layers}) is for --dummy-weights; a model's own weights are run whole.")
         return open_model(find_shipped("models", model), settings)
-    rng = torch.Generator().manual_seed(seed)
-    return dummy_model(find_shipped("models", dummy_weights), settings, layers, rng)
+    return dummy_model(find_shipped("models", dummy_weights), settings, layers, seed)
 
 
 def _choice(

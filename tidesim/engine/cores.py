@@ -1,7 +1,7 @@
-"""The network on CPU cores: threads that share the work of the compiled kernels, and the modules that call them.
+"""Threads that share the work of the compiled kernels.
 
-The weights stay in the dtype they are stored in, activations are float32. Every output of a linear map and every
-expert is computed whole by one thread, so the results do not depend on how many threads there are.
+Every output of a linear map and every expert is computed whole by one thread, so the results do not depend on how many
+threads there are.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,12 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
 
 from tidesim.engine import kernel
 from tidesim.engine.kernel import ExpertWeights, Pairs
-from tidesim.engine.model import LLaDA2
 
 _TILE = 64  # outputs of a linear map are dealt to threads in multiples of so many
 
@@ -84,43 +81,3 @@ class Cores:
         run(mine)
         for future in waiting:
             future.result()
-
-
-class CpuLinear(nn.Module):
-    """A linear map without bias whose weight stays as stored; x [..., in] float32 -> [..., out] float32."""
-
-    def __init__(self, weight: Tensor, cores: Cores) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        self._cores, self._like = cores, kernel.stored_like(weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty(len(rows), len(self.weight))
-        self._cores.multiply(self.weight.data_ptr(), self._like, rows.numpy(), out.numpy())
-        return out.view(*x.shape[:-1], -1)
-
-
-class CpuEmbedding(nn.Module):
-    """Rows of a table that stays as stored; ids [...] -> [..., D] float32."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.weight[ids].float()
-
-
-def on_cores(network: LLaDA2, cores: Cores) -> None:
-    """Have `network` computed by `cores`: its linear maps and embedding as stored, all else in float32."""
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, CpuLinear(child.weight.data, cores))
-            elif isinstance(child, nn.Embedding):
-                setattr(module, name, CpuEmbedding(child.weight.data))
-    for module in network.modules():
-        if not isinstance(module, CpuLinear | CpuEmbedding):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()

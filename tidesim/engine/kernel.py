@@ -28,7 +28,7 @@ ROW_TILE = 4  # rows of one micro-kernel: time goes up in steps of so many rows
 _CHUNK = 32  # rows that share one sweep over the weights; they and a tile of weights stay in a core's own cache
 _OUTPUT_TILE = 16  # weight rows that all rows of a chunk go through before the next ones are read
 # A sum may be split over the lanes of a vector and a product joined with its sum; nothing else is loosened.
-_FASTMATH = {"reassoc", "contract", "nsz"}
+FASTMATH = {"reassoc", "contract", "nsz"}
 
 # How a stored dtype is handed to compiled code, which knows no bfloat16.
 STORED = {torch.bfloat16: np.uint16, torch.float32: np.float32}
@@ -112,13 +112,17 @@ def sort_pairs(expert_ids: Ints, num_experts: int) -> tuple[Any, Ints, Ints, Int
     return counts, first, tokens, places
 
 
-@njit(nogil=True, cache=True, fastmath=_FASTMATH)
-def _multiply(weights: Any, rows: Floats, num_groups: int, out: Floats) -> None:
-    """out[g, r, o] = rows[g, r, :] . weights[o, :], rows [groups, 4, width]; the number of weight rows is even."""
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
+def _multiply(weights: Any, rows: Floats, num_rows: int, out: Floats, first_row: int, first_column: int) -> None:
+    """out[first_row + r, first_column + o] = rows[r, :] . weights[o, :] for r < num_rows.
+
+    rows [R, width] has rows to spare up to a multiple of ROW_TILE; the number of weight rows is even.
+    """
     num_outputs, width = weights.shape
     for tile in range(0, num_outputs, _OUTPUT_TILE):
-        for group in range(num_groups):
-            x0, x1, x2, x3 = rows[group, 0], rows[group, 1], rows[group, 2], rows[group, 3]
+        for r in range(0, num_rows, ROW_TILE):
+            x0, x1, x2, x3 = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
+            row, left = first_row + r, num_rows - r
             for o in range(tile, min(tile + _OUTPUT_TILE, num_outputs), 2):
                 w0, w1 = weights[o], weights[o + 1]
                 a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
@@ -132,12 +136,17 @@ def _multiply(weights: Any, rows: Floats, num_groups: int, out: Floats) -> None:
                     b1 += v * x1[i]
                     b2 += v * x2[i]
                     b3 += v * x3[i]
-                out[group, 0, o], out[group, 1, o], out[group, 2, o], out[group, 3, o] = a0, a1, a2, a3
-                out[group, 0, o + 1], out[group, 1, o + 1] = b0, b1
-                out[group, 2, o + 1], out[group, 3, o + 1] = b2, b3
+                column = first_column + o
+                out[row, column], out[row, column + 1] = a0, b0
+                if left > 1:
+                    out[row + 1, column], out[row + 1, column + 1] = a1, b1
+                if left > 2:
+                    out[row + 2, column], out[row + 2, column + 1] = a2, b2
+                if left > 3:
+                    out[row + 3, column], out[row + 3, column + 1] = a3, b3
 
 
-@njit(nogil=True, cache=True, fastmath=_FASTMATH)
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
 def run_experts(
     x: Floats,
     tokens: Ints,
@@ -159,33 +168,25 @@ def run_experts(
     like : any array of the dtype that weights are stored in. width : I. D and I must be even.
     """
     D = x.shape[1]
-    max_groups = _CHUNK // ROW_TILE
-    rows = np.empty((max_groups, ROW_TILE, D), np.float32)
-    gates = np.empty((max_groups, ROW_TILE, width), np.float32)
-    ups = np.empty((max_groups, ROW_TILE, width), np.float32)
-    results = np.empty((max_groups, ROW_TILE, D), np.float32)
+    rows, gates, ups = (
+        np.zeros((_CHUNK, D), np.float32),
+        np.zeros((_CHUNK, width), np.float32),
+        np.empty((_CHUNK, width), np.float32),
+    )
     for a in range(len(begin)):
         gate = carray(_pointer(gate_at[a], like), (width, D))
         up = carray(_pointer(up_at[a], like), (width, D))
         down = carray(_pointer(down_at[a], like), (D, width))
         for start in range(begin[a], end[a], _CHUNK):
             num_rows = min(_CHUNK, end[a] - start)
-            num_groups = (num_rows + ROW_TILE - 1) // ROW_TILE
-            for r in range(num_groups * ROW_TILE):
-                row = rows[r // ROW_TILE, r % ROW_TILE]
-                if r < num_rows:
-                    row[:] = x[tokens[start + r]]
-                else:
-                    row[:] = 0
-            _multiply(gate, rows, num_groups, gates)
-            _multiply(up, rows, num_groups, ups)
-            for r in range(num_groups * ROW_TILE):
-                gate_row, up_row = gates[r // ROW_TILE, r % ROW_TILE], ups[r // ROW_TILE, r % ROW_TILE]
-                for i in range(width):
-                    gate_row[i] = gate_row[i] / (np.float32(1) + math.exp(-gate_row[i])) * up_row[i]
-            _multiply(down, gates, num_groups, results)
             for r in range(num_rows):
-                out[start + r] = results[r // ROW_TILE, r % ROW_TILE]
+                rows[r] = x[tokens[start + r]]
+            _multiply(gate, rows, num_rows, gates, 0, 0)
+            _multiply(up, rows, num_rows, ups, 0, 0)
+            for r in range(num_rows):
+                for i in range(width):
+                    gates[r, i] = gates[r, i] / (np.float32(1) + math.exp(-gates[r, i])) * ups[r, i]
+            _multiply(down, gates, num_rows, out, start, 0)
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
@@ -205,21 +206,12 @@ def combine(outputs: Floats, places: Ints, weights: Floats) -> Floats:
 def multiply_rows(weights_at: int, like: Any, rows: Floats, first: int, end: int, out: Floats) -> None:
     """out[t, o] = rows[t, :] . weights[o, :] for the outputs first:end; rows [T, width], out [T, O], O even."""
     T, width = rows.shape
-    max_groups = _CHUNK // ROW_TILE
-    groups = np.zeros((max_groups, ROW_TILE, width), np.float32)
-    results = np.empty((max_groups, ROW_TILE, end - first), np.float32)
+    chunk = np.zeros((_CHUNK, width), np.float32)
     weights = carray(_pointer(weights_at + first * width * like.itemsize, like), (end - first, width))
     for start in range(0, T, _CHUNK):
         num_rows = min(_CHUNK, T - start)
-        num_groups = (num_rows + ROW_TILE - 1) // ROW_TILE
-        for r in range(num_groups * ROW_TILE):
-            if r < num_rows:
-                groups[r // ROW_TILE, r % ROW_TILE] = rows[start + r]
-            else:
-                groups[r // ROW_TILE, r % ROW_TILE] = 0
-        _multiply(weights, groups, num_groups, results)
-        for r in range(num_rows):
-            out[start + r, first:end] = results[r // ROW_TILE, r % ROW_TILE]
+        chunk[:num_rows] = rows[start : start + num_rows]
+        _multiply(weights, chunk, num_rows, out, start, first)
 
 
 def stored_like(dtype: torch.dtype) -> npt.NDArray[Any]:

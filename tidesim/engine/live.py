@@ -16,7 +16,8 @@ import torch
 
 from tidesim.engine.accelerator import AcceleratorBackend, DeviceCalls
 from tidesim.engine.checkpoint import Checkpoint, load_without_experts, random_without_experts
-from tidesim.engine.cores import Cores, on_cores
+from tidesim.engine.cores import Cores
+from tidesim.engine.cpu_network import on_cores
 from tidesim.engine.disk import DiskBackend
 from tidesim.engine.drive import Drive
 from tidesim.engine.emulated import EmulatedBackend, Pace
@@ -162,20 +163,26 @@ class LiveModel:
     def memory(self, budgets: Sequence[int], execution: Execution, max_tokens: int, reserve_bytes: int) -> DeviceMemory:
         """Bytes that a run takes on the device at its peak, with sequences of `max_tokens` tokens.
 
-        Transient: logits of a block as computed and as float32, and their probabilities; or the outputs of all routed
-        pairs of the longest forward, and their rows and hidden rows where these are gathered for one grouped product.
+        Transient: the outputs of all routed pairs of the longest forward, which are kept; logits of a block as
+        computed and as float32, with their probabilities; the activations of a layer, of which six are as wide as the
+        hidden state and two as the widest map, or on an accelerator, if that is more, the gathered rows and hidden rows
+        of a grouped product and the float32 outputs that are weighed. They are added up: an allocator keeps what one
+        of them gave back.
         """
         sizes, number = self.sizes, self.network.norm.weight.element_size()
         tensors = (*self.network.parameters(), *self.network.buffers())
-        head = sizes.block_length * sizes.vocab_size * (number % 4 + 4 + 4)
         pairs = max_tokens * sizes.top_k
-        gathered = 2 * sizes.hidden_size + 3 * sizes.moe_intermediate_size if self.kind == "accelerator" else 0
-        experts = pairs * (gathered * number + sizes.hidden_size * 4) + max_tokens * sizes.hidden_size * 4
+        head = sizes.block_length * sizes.vocab_size * (number % 4 + 4 + 4)
+        widest = max(sizes.intermediate_size, (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim)
+        layer = max_tokens * (6 * sizes.hidden_size + 2 * widest) * number + max_tokens**2
+        grouped = pairs * ((sizes.hidden_size + 3 * sizes.moe_intermediate_size) * number + 4 * sizes.hidden_size)
         return DeviceMemory(
             experts=sum(budgets) * self.expert_bytes,
             non_experts=sum(tensor.nbytes for tensor in tensors),
             kv_cache=max_tokens * sizes.kv_bytes_per_token * number // 2 if execution.kv_cache else 0,
-            transient=max(head, experts),
+            transient=pairs * sizes.hidden_size * number
+            + head
+            + max(layer, grouped if self.kind == "accelerator" else 0),
             reserve=reserve_bytes,
         )
 
@@ -197,7 +204,7 @@ def open_model(folder: Path, settings: DeviceSettings) -> LiveModel:
     return _on_cores(network, sizes, HostWeights.staged(checkpoint, network.config), settings)
 
 
-def dummy_model(shape: Path, settings: DeviceSettings, num_layers: int | None, rng: torch.Generator) -> LiveModel:
+def dummy_model(shape: Path, settings: DeviceSettings, num_layers: int | None, seed: int) -> LiveModel:
     """A model of the shape of a config.json with random bf16 weights, and so many MoE layers; None: all of them.
 
     Its text means nothing; times and memory are those of the shape. Raise ModelError if there are not so many layers,
@@ -211,6 +218,7 @@ def dummy_model(shape: Path, settings: DeviceSettings, num_layers: int | None, r
     num_layers = num_layers or sizes.num_layers
     config = replace(config, num_hidden_layers=config.first_k_dense_replace + num_layers)
     sizes = replace(sizes, num_layers=num_layers, name=f"{sizes.name}, {num_layers} layers of dummy weights")
+    rng = torch.Generator().manual_seed(seed)
     network = random_without_experts(config, torch.bfloat16, rng)
     if settings.kind == "accelerator":
         calls = DeviceCalls()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -141,24 +142,32 @@ def forced_forwards(trace: Trace, context: Context, sequence: int, num_layers: i
 
 
 def replay_trace(
-    live: LiveModel, offload: Offload, trace: Trace, execution: Execution, sequences: Sequence[int]
-) -> int:
-    """Run the recorded forwards of some sequences with their recorded choice of experts; the tokens they generated.
+    live: LiveModel,
+    offload: Offload,
+    trace: Trace,
+    execution: Execution,
+    sequences: Sequence[int],
+    num_forwards: int | None = None,
+) -> None:
+    """Run the recorded forwards of some sequences, or the first so many, with their recorded choice of experts.
 
     Everything is computed as in decoding, sampling included, but which forward comes next is as recorded, and the
     tokens that go in are arbitrary. The router's own weights are used for the recorded experts, slot by slot.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), memory_explained(offload):
         for sequence in sequences:
-            offload.begin_sequence()
-            _replay_sequence(live, offload, trace, execution, sequence)
+            left = None if num_forwards is None else num_forwards - offload.num_forwards
+            if left is None or left > 0:
+                offload.begin_sequence()
+                _replay_sequence(live, offload, trace, execution, sequence, left)
     offload.forced = None
-    return int(trace.sequences["generated_tokens"][list(sequences)].sum())
 
 
-def _replay_sequence(live: LiveModel, offload: Offload, trace: Trace, execution: Execution, sequence: int) -> None:
+def _replay_sequence(
+    live: LiveModel, offload: Offload, trace: Trace, execution: Execution, sequence: int, num_forwards: int | None
+) -> None:
     network, block_length = live.network, trace.block_length
-    forwards = list(forced_forwards(trace, execution.context, sequence, live.sizes.num_layers))
+    forwards = list(islice(forced_forwards(trace, execution.context, sequence, live.sizes.num_layers), num_forwards))
     size = max(forward.context_tokens + len(forward.expert_ids) for forward in forwards)
     device = network.norm.weight.device
     tokens = torch.arange(size, device=device) % network.config.vocab_size

@@ -17,7 +17,7 @@ from tidesim.engine.tokenizer import Prompt, TextCodec
 from tidesim.errors import InputError
 from tidesim.moe import read_hf_config
 from tidesim.result import Decision, Interval, RunResult
-from tidesim.trace import Trace, TraceWriter
+from tidesim.trace import Trace, TraceWriter, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +120,20 @@ class Session:
             overwrite=overwrite,
         )
 
-    def replay(self, trace: Trace, sequences: Sequence[int]) -> Outcome:
-        """Run the recorded forwards of some sequences with their recorded choice of experts.
+    def replay(self, trace: Trace, sequences: Sequence[int], num_forwards: int | None = None) -> Outcome:
+        """Run the recorded forwards of some sequences, or the first so many, with their recorded choice of experts.
 
         Raise InputError if the trace routes to other experts than the model has, BudgetError if memory does not do.
         """
+        workload = self.forced_workload(trace, sequences, num_forwards)
+        self.choice.check_memory(self.live, workload.max_tokens)
+        with self.live.start(*self.choice[:3], self._decisions, self._is_detailed) as offload:
+            replay_trace(self.live, offload, trace, self.choice.execution, sequences, num_forwards)
+            model = f"routing of {trace.model_name} forced on {self.live.sizes.name}"
+            return self._outcome(offload, model, trace.origin, workload.generated_tokens, [])
+
+    def forced_workload(self, trace: Trace, sequences: Sequence[int], num_forwards: int | None = None) -> Workload:
+        """What `replay` runs, as a simulator sees it. Raise InputError as `replay` does."""
         sizes = self.live.sizes
         if (trace.num_experts, trace.top_k) != (sizes.num_experts, sizes.top_k):
             raise InputError(
@@ -132,11 +141,7 @@ class Session:
                 f"of {sizes.num_experts}; take a trace of a model with the same experts and top-k."
             )
         workload = trace.workload(self.choice.execution.context, sequences)
-        self.choice.check_memory(self.live, workload.max_tokens)
-        with self.live.start(*self.choice[:3], self._decisions, self._is_detailed) as offload:
-            tokens = replay_trace(self.live, offload, trace, self.choice.execution, sequences)
-            model = f"routing of {trace.model_name} forced on {sizes.name}"
-            return self._outcome(offload, model, trace.origin, tokens, [])
+        return workload.tiled(sizes.num_layers).first(num_forwards)
 
     def _outcome(self, offload: Offload, model: str, origin: str, tokens: int, texts: list[str]) -> Outcome:
         """What the run that has just ended came to; whatever still moves now is not part of it."""

@@ -1,0 +1,99 @@
+"""How well predictions and measurements of a grid agree."""
+
+import csv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One case, predicted and measured.
+
+    Parameters
+    ----------
+    measured_tok_per_s : median of the repeats. spread : (largest - smallest) / median of them.
+    error : predicted / measured - 1.
+    num_differences : decisions (one a forward and layer) in which engine and simulator disagree, over all repeats.
+    measured_parts_s, predicted_parts_s : where the time goes; the measured ones of the repeat nearest to the median.
+    """
+
+    case: str
+    policy: str
+    budget: int
+    refresh_interval: int | None
+    predicted_tok_per_s: float
+    measured_tok_per_s: float
+    repeats_tok_per_s: tuple[float, ...]
+    spread: float
+    error: float
+    hit_rate: float
+    promotions: int
+    num_differences: int
+    measured_parts_s: dict[str, float]
+    predicted_parts_s: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """All rows of a grid, and how well they agree."""
+
+    rows: list[Row]
+    machine: str
+    model: str
+    trace_origin: str
+    profile: str
+    num_forwards: int
+    seed: int
+
+    @property
+    def median_error(self) -> float:
+        """Median of the absolute errors."""
+        return float(np.median([abs(row.error) for row in self.rows]))
+
+    @property
+    def worst_error(self) -> float:
+        """Largest absolute error."""
+        return max(abs(row.error) for row in self.rows)
+
+    @property
+    def kendall_tau(self) -> float:
+        """Rank correlation of predicted and measured throughput: 1 if both order the cases alike."""
+        predicted, measured = zip(
+            *((row.predicted_tok_per_s, row.measured_tok_per_s) for row in self.rows), strict=True
+        )
+        return float(kendalltau(predicted, measured).statistic) if len(self.rows) > 1 else 1.0
+
+    @property
+    def num_differences(self) -> int:
+        """Decisions in which engine and simulator disagree."""
+        return sum(row.num_differences for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything by name, ready for JSON."""
+        figures = ("median_error", "worst_error", "kendall_tau", "num_differences")
+        about = ("machine", "model", "trace_origin", "profile", "num_forwards", "seed")
+        return {
+            **{name: getattr(self, name) for name in figures + about},
+            "median_spread": float(np.median([row.spread for row in self.rows])),
+            "num_cases": len(self.rows),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def save_csv(self, path: Path) -> None:
+        """One line a case; parts are columns."""
+        records = []
+        for row in self.rows:
+            record = asdict(row)
+            record["repeats_tok_per_s"] = " ".join(f"{value:.6g}" for value in row.repeats_tok_per_s)
+            for side in ("measured", "predicted"):
+                parts = record.pop(f"{side}_parts_s")
+                record |= {f"{side}_{part}_s": seconds for part, seconds in parts.items()}
+            records.append(record)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)

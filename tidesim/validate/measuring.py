@@ -1,0 +1,213 @@
+"""The runs of a validation: every case measured several times, and simulated on the very routing that was run.
+
+Measurements go in rounds over all cases, in another order each round, so that a machine that drifts spreads over all of
+them alike. The engine's decisions are compared with the simulator's one by one.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+
+from tidesim.engine.choice import Choice, by_hand
+from tidesim.engine.generate import Sampler
+from tidesim.engine.live import LiveModel
+from tidesim.engine.session import Session
+from tidesim.engine.tokenizer import Prompt
+from tidesim.errors import InputError
+from tidesim.execution import Execution
+from tidesim.hardware import Hardware
+from tidesim.result import Decision, RunResult
+from tidesim.simulator import simulate
+from tidesim.trace import Trace
+from tidesim.validate.agreement import Row, Validation
+from tidesim.validate.grid import Case
+from tidesim.workload import Workload
+
+Progress = Callable[[int, int], None]
+
+
+class Source(Protocol):
+    """The forwards that every case of a validation runs."""
+
+    workload: Workload
+
+    def run(self, session: Session) -> RunResult:
+        """Run them all in `session`."""
+
+
+class ForcedSource:
+    """The first forwards of a trace, with their recorded choice of experts."""
+
+    def __init__(self, session: Session, trace: Trace, sequences: Sequence[int], num_forwards: int | None) -> None:
+        self._trace, self._sequences, self._num_forwards = trace, sequences, num_forwards
+        self.workload = session.forced_workload(trace, sequences, num_forwards)
+
+    def run(self, session: Session) -> RunResult:
+        """See `Source`."""
+        return session.replay(self._trace, self._sequences, self._num_forwards).result
+
+
+class PromptSource:
+    """Prompts that a model answers. Text does not depend on placement, so all cases route alike: as recorded first."""
+
+    def __init__(
+        self, session: Session, folder: Path, prompts: Sequence[Prompt], sampler: Sampler, recording: Path
+    ) -> None:
+        self._folder, self._prompts, self._sampler = folder, prompts, sampler
+        session.answer(folder, prompts, sampler, record=recording, overwrite=True)
+        with Trace.open(recording) as trace:
+            self.workload = trace.workload(session.choice.execution.context)
+
+    def run(self, session: Session) -> RunResult:
+        """See `Source`."""
+        return session.answer(self._folder, self._prompts, self._sampler).result
+
+
+class Log:
+    """Measurements on disk as they come, one JSON object a line, so that a run that was stopped goes on from there.
+
+    `setting` says what they are measurements of. Raise InputError if the file holds those of another one.
+    """
+
+    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+        self._path = path
+        self._runs: dict[tuple[str, int], dict[str, Any]] = {}
+        if not path.is_file():
+            self._write(setting)
+            return
+        try:
+            first, *records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self._runs = {(record["case"], record["repeat"]): record for record in records}
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: is no log of measurements; remove it or name another folder.") from None
+        if first != setting:
+            raise InputError(f"{path}: holds measurements of another setting; name another folder or remove it.")
+
+    def __contains__(self, pair: tuple[Case, int]) -> bool:
+        return (pair[0].label, pair[1]) in self._runs
+
+    def __getitem__(self, pair: tuple[Case, int]) -> dict[str, Any]:
+        return self._runs[pair[0].label, pair[1]]
+
+    def add(self, case: Case, repeat: int, result: RunResult, num_differences: int) -> None:
+        """Keep one measurement."""
+        record = {
+            "case": case.label,
+            "repeat": repeat,
+            "tok_per_s": result.tok_per_s,
+            "parts_s": result.breakdown_s,
+            "num_differences": num_differences,
+        }
+        self._runs[case.label, repeat] = record
+        self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def validate(
+    live: LiveModel,
+    source: Source,
+    cases: Sequence[Case],
+    execution: Execution,
+    hardware: Hardware,
+    log_file: Path,
+    *,
+    machine: str,
+    repeats: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Validation:
+    """Measure and simulate every case; what `log_file` holds already is not measured again.
+
+    Parameters
+    ----------
+    execution : how the engine is asked to run.
+    machine : what results call the machine.
+
+    Raise InputError if there is nothing to measure, or `log_file` holds measurements of another setting.
+    """
+    if not cases or repeats < 1:
+        raise InputError(f"repeats(={repeats}) must be >= 1 and there must be a case to measure, not {len(cases)}.")
+    workload = source.workload
+    choices = {case: by_hand(case.make_policy(workload), case.budget, execution, live) for case in cases}
+    simulated = {case: predict(live, workload, hardware, choices[case]) for case in cases}
+    setting = {"machine": machine, "model": live.sizes.name, "routing": workload.fingerprint, "seed": seed}
+    log = Log(
+        log_file, setting | {"num_forwards": workload.num_forwards, "execution": choices[cases[0]].execution.name}
+    )
+
+    def measure(case: Case, decisions: Callable[[Decision], None] | None = None) -> RunResult:
+        return source.run(Session(live, choices[case], machine=machine, seed=seed, decisions=decisions))
+
+    rounds = [
+        (cases[number], repeat)
+        for repeat in range(repeats)
+        for number in np.random.default_rng([seed, repeat]).permutation(len(cases))
+    ]
+    missing = [pair for pair in rounds if pair not in log]
+    if missing:
+        measure(missing[0][0])  # the first run meets cold memory; it is thrown away
+    for done, (case, repeat) in enumerate(missing, start=1 + len(rounds) - len(missing)):
+        decisions: list[Decision] = []
+        result = measure(case, decisions.append)
+        log.add(case, repeat, result, _num_differences(decisions, simulated[case][1]))
+        if progress is not None:
+            progress(done, len(rounds))
+    return Validation(
+        rows=[_row(case, simulated[case][0], [log[case, repeat] for repeat in range(repeats)]) for case in cases],
+        machine=machine,
+        model=simulated[cases[0]][0].model,
+        trace_origin=workload.origin,
+        profile=hardware.name,
+        num_forwards=workload.num_forwards,
+        seed=seed,
+    )
+
+
+def predict(
+    live: LiveModel, workload: Workload, hardware: Hardware, choice: Choice
+) -> tuple[RunResult, list[Decision]]:
+    """What the simulator says of a choice on this routing, and what it decides."""
+    decisions: list[Decision] = []
+    result = simulate(
+        workload,
+        live.sizes,
+        hardware,
+        choice.policy,
+        budget=choice.budgets,
+        execution=choice.execution,
+        decisions=decisions.append,
+        is_memory_checked=False,
+    )
+    return result, decisions
+
+
+def _num_differences(ours: Sequence[Decision], theirs: Sequence[Decision]) -> int:
+    unequal = sum(one != other for one, other in zip(ours, theirs, strict=False))
+    return unequal + abs(len(ours) - len(theirs))
+
+
+def _row(case: Case, predicted: RunResult, runs: Sequence[dict[str, Any]]) -> Row:
+    rates = [run["tok_per_s"] for run in runs]
+    middle = median(rates)
+    typical = min(runs, key=lambda run: abs(run["tok_per_s"] - middle))
+    return Row(
+        case=case.label,
+        **case._asdict(),
+        predicted_tok_per_s=predicted.tok_per_s,
+        measured_tok_per_s=middle,
+        repeats_tok_per_s=tuple(rates),
+        spread=(max(rates) - min(rates)) / middle,
+        error=predicted.tok_per_s / middle - 1,
+        hit_rate=predicted.hit_rate,
+        promotions=predicted.promotions,
+        num_differences=sum(run["num_differences"] for run in runs),
+        measured_parts_s=typical["parts_s"],
+        predicted_parts_s=predicted.breakdown_s,
+    )
