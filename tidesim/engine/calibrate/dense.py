@@ -8,14 +8,14 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tidesim.engine.calibrate.experts import network_config
 from tidesim.engine.calibrate.host import COLD
 from tidesim.engine.calibrate.measured import Measured, sample, seconds, seconds_per_call
 from tidesim.engine.checkpoint import random_without_experts
-from tidesim.engine.cores import Cores, on_cores
-from tidesim.engine.model import KVCache, Layer, MoE, Routing
+from tidesim.engine.cores import Cores
+from tidesim.engine.cpu_network import CpuLinear, on_cores
+from tidesim.engine.model import KVCache, Layer, Routing
 from tidesim.moe import MoEConfig
 
 CONTEXT_TOKENS = 128  # finished tokens that a block attends to: some blocks into an answer
@@ -54,7 +54,6 @@ class ColdNetwork:
         self.network = random_without_experts(config, torch.bfloat16, rng)
         on_cores(self.network, cores)
         self._layers = cast(list[Layer], list(self.network.layers))
-        self._shared_width = model.moe_intermediate_size * model.num_shared_experts
         for moe in self.network.moe_layers:
             moe.experts = NoExperts()
         T = model.block_length
@@ -64,25 +63,23 @@ class ColdNetwork:
         self._cache.length = CONTEXT_TOKENS
         self._rotary = self.network.rotary.tables(torch.arange(CONTEXT_TOKENS, CONTEXT_TOKENS + T), self.x.dtype)
         self._turns = cycle(range(config.num_hidden_layers))
+        self._tiny = CpuLinear(torch.zeros(2, 2, dtype=torch.bfloat16), cores)
 
     def maps_s(self, num_rows: int) -> float:
         """Seconds of the linear maps of one MoE layer (attention, router, shared expert) on so many rows."""
-        layer, x = self._layers[next(self._turns)], self.x[:num_rows]
-        attention, moe = layer.attention, layer.mlp
-        assert isinstance(moe, MoE)
-        shared, router = moe.shared_experts, moe.gate.weight
-        mixed = x.new_ones(num_rows, attention.num_heads * attention.head_dim)
-        hidden = x.new_ones(num_rows, self._shared_width)
+        maps = [part for part in self._layers[next(self._turns)].modules() if isinstance(part, CpuLinear)]
+        inputs = [self.x.new_ones(num_rows, part.weight.shape[1]) for part in maps]
 
         def run() -> None:
-            attention.query_key_value(x)
-            attention.dense(mixed)
-            functional.linear(x, router)  # routers are float32 for all cores, and no map of theirs
-            shared.gate_proj(x)
-            shared.up_proj(x)
-            shared.down_proj(hidden)
+            for part, rows in zip(maps, inputs, strict=True):
+                part(rows)
 
         return seconds(run)
+
+    def calls_s(self) -> float:
+        """Seconds of as many linear maps that have nothing to compute: what is not reading or multiplying."""
+        num_maps = sum(isinstance(part, CpuLinear) for part in self._layers[0].modules())
+        return num_maps * seconds_per_call(lambda: self._tiny(self.x[:1, :2]), 20)
 
     def layer_s(self) -> float:
         """Seconds of a whole MoE layer without routed experts; the block attends to `CONTEXT_TOKENS` tokens."""
@@ -123,30 +120,46 @@ def dense_rates(
         "maps": lambda: parts.maps_s(1),
         "maps of a block": lambda: parts.maps_s(T),
         "layer": parts.layer_s,
+        "calls": parts.calls_s,
         "head": lambda: parts.head_s(1),
         "head of a block": lambda: parts.head_s(T),
     }
     with torch.inference_mode():
         samples = sample(measures, repeats, limit_s)
-    threads = f"{torch.get_num_threads()} threads of PyTorch"
     params = model.attention_params + model.shared_params + model.router_params
     head_params = model.vocab_params * parts.head_share
-    maps, maps_of_block, layer, head, head_of_block = (
+    maps, maps_of_block, layer, calls, head, head_of_block = (
         Measured.of(times, f"{name} on cold bf16 weights") for name, times in samples.items()
     )
-    flops_per_s = maps_of_block.per(2 * T * params)
-    # Attention has no weights, but operations, which a simulation counts at the same rate.
-    attention_flops = 4 * T * (CONTEXT_TOKENS + T) * model.num_heads * model.head_dim
-    rest_s = layer.value - maps_of_block.value - attention_flops / flops_per_s.value
-    note = (
-        f"a layer without routed experts ({layer.value * 1e3:.2f} ms, {T} rows that attend to {CONTEXT_TOKENS} more) "
-        f"less its linear maps ({maps_of_block.value * 1e3:.2f} ms) and the operations of attention, over "
-        f"{ops_per_layer} ops; {threads}"
-    )
-    op_s = replace(layer, value=max(0.0, rest_s) / ops_per_layer, note=note)
+    maps, maps_of_block = (_without_calls(each, calls) for each in (maps, maps_of_block))
     return DenseRates(
-        maps.per(2 * params), flops_per_s, head.per(2 * head_params), head_of_block.per(2 * T * head_params), op_s
+        maps.per(2 * params),
+        maps_of_block.per(2 * T * params),
+        head.per(2 * head_params),
+        head_of_block.per(2 * T * head_params),
+        _op(model, layer, maps_of_block, maps_of_block.per(2 * T * params), ops_per_layer),
     )
+
+
+def _without_calls(maps: Measured, calls: Measured) -> Measured:
+    """Linear maps without what calling them takes, which in a small network would pass for slow memory.
+
+    Calls are counted among a layer's ops. A tenth of the time is left in any case.
+    """
+    return maps.with_value(max(maps.value - calls.value, maps.value / 10), "without the calls themselves")
+
+
+def _op(model: MoEConfig, layer: Measured, maps: Measured, flops_per_s: Measured, ops_per_layer: int) -> Measured:
+    """Seconds of one op of a layer that has `ops_per_layer`, given times of the whole and of its linear maps."""
+    # Attention has no weights, but operations, which a simulation counts at the rate of the maps.
+    attention_flops = 4 * model.block_length * (CONTEXT_TOKENS + model.block_length) * model.num_heads * model.head_dim
+    rest_s = layer.value - maps.value - attention_flops / flops_per_s.value
+    note = (
+        f"a layer without routed experts ({layer.value * 1e3:.2f} ms, {model.block_length} rows that attend to "
+        f"{CONTEXT_TOKENS} more) less its linear maps ({maps.value * 1e3:.2f} ms) and the operations of attention, "
+        f"over {ops_per_layer} ops; {torch.get_num_threads()} threads of PyTorch"
+    )
+    return replace(layer, value=max(0.0, rest_s) / ops_per_layer, note=note)
 
 
 def tiny_op(repeats: int = 15, limit_s: float = 1.0) -> Measured:
