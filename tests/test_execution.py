@@ -51,7 +51,7 @@ def test_the_presets_of_our_engine_differ_where_their_devices_do():
     assert (engine.kv_cache, engine.logits, engine.is_pinned, engine.copies) == (True, "block", True, "background")
     assert (engine.kernels, engine.host, engine.host_calls, engine.launch) == ("grouped", "parallel", "layer", "eager")
     assert (engine.copies_per_expert, engine.write_back, engine.is_async, engine.home) == (1, False, True, "host")
-    ops = {"ops_per_layer": 74, "ops_per_dense_layer": 51, "ops_per_forward": 40}
+    ops = {"ops_per_layer": 22, "ops_per_dense_layer": 13, "ops_per_forward": 35}
     assert emulated == replace(engine, name="emulated", is_async=False, **ops)
     assert disk == replace(emulated, name="disk", home="disk", host="serial")
 

@@ -1,6 +1,8 @@
 """Routed experts in host memory: one contiguous piece per expert (gate, up, down), so that a promotion is one copy."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor
 from tidesim.engine.checkpoint import Checkpoint, expert_weights
 from tidesim.engine.kernel import STORED, ExpertWeights
 from tidesim.engine.model import NetworkConfig
+from tidesim.errors import BudgetError
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
@@ -29,6 +32,26 @@ def addresses(pieces: Tensor, config: NetworkConfig) -> ExpertWeights:
     matrix_bytes = config.hidden_size * config.moe_intermediate_size * pieces.element_size()
     gate = pieces.data_ptr() + np.arange(len(pieces), dtype=np.int64) * 3 * matrix_bytes
     return ExpertWeights(gate, gate + matrix_bytes, gate + 2 * matrix_bytes)
+
+
+def check_host_memory(num_bytes: int, what: str) -> None:
+    """Raise BudgetError if this machine has less than `num_bytes` left: a process that takes more is killed."""
+    left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") + _cached_bytes()
+    if num_bytes > left:
+        raise BudgetError(
+            f"{what} take {num_bytes / 2**30:.2f} GiB, and this machine has {left / 2**30:.2f} GiB of memory left; run "
+            "fewer layers (--layers), or leave the experts in their files (--device disk)."
+        )
+
+
+def _cached_bytes() -> int:
+    """Memory that only caches files, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    return sizes.get("Cached", 0) - sizes.get("Shmem", 0)
 
 
 class HostWeights:

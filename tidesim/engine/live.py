@@ -21,7 +21,7 @@ from tidesim.engine.cpu_network import on_cores
 from tidesim.engine.disk import DiskBackend
 from tidesim.engine.drive import Drive
 from tidesim.engine.emulated import EmulatedBackend, Pace
-from tidesim.engine.host_weights import HostWeights
+from tidesim.engine.host_weights import HostWeights, check_host_memory
 from tidesim.engine.model import LLaDA2, NetworkConfig
 from tidesim.engine.offload import Backend, Offload, check_execution
 from tidesim.errors import InputError, ModelError, nearest_name
@@ -190,11 +190,12 @@ class LiveModel:
 def open_model(folder: Path, settings: DeviceSettings) -> LiveModel:
     """The model in `folder`, its experts in host memory, or left in their files for device "disk".
 
-    Raise ModelError for an unusable folder.
+    Raise ModelError for an unusable folder, BudgetError if the experts do not fit this machine's memory.
     """
     checkpoint, sizes = Checkpoint(folder), load_moe_config(str(folder))
     if settings.kind == "disk":
         return _on_drive(load_without_experts(checkpoint), sizes, folder, settings)
+    check_host_memory(sizes.experts_bytes(sizes.num_experts), f"the experts of {sizes.name}")
     if settings.kind == "accelerator":
         calls = DeviceCalls()
         network = load_without_experts(checkpoint, device=calls.device)
@@ -218,6 +219,7 @@ def dummy_model(shape: Path, settings: DeviceSettings, num_layers: int | None, s
     num_layers = num_layers or sizes.num_layers
     config = replace(config, num_hidden_layers=config.first_k_dense_replace + num_layers)
     sizes = replace(sizes, num_layers=num_layers, name=f"{sizes.name}, {num_layers} layers of dummy weights")
+    check_host_memory(sizes.experts_bytes(sizes.num_experts) + sizes.non_expert_bytes, sizes.name)
     rng = torch.Generator().manual_seed(seed)
     network = random_without_experts(config, torch.bfloat16, rng)
     if settings.kind == "accelerator":

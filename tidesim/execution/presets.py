@@ -162,18 +162,20 @@ _ENGINE = Execution(
     ops_per_forward=46,
 )
 
-# The same engine where CPU cores are the device. It computes in float32, so all casts of activations fall away, and
-# dispatch and combine are compiled: RMSNorm 6.
-#   attention 38 - 6 = 32, router 18 - 2 = 16, dispatch and combine 6, shared expert 7 - 1 = 6
-#   layer: 2 norms 12, 2 residual adds 2; hence 32 + 16 + 6 + 6 + 14 = 74, and 32 + 5 + 14 = 51 for a dense layer
-#   forward: embedding and its cast 2, rotary tables without copy and casts 5, final norm 6, lm_head 1, sampling 26 = 40
+# The same engine where CPU cores are the device: tidesim/engine/cpu_network.py and offload.py, one op for each call of
+# compiled code and for each small operation of PyTorch or NumPy.
+#   attention: norm, qkv, split and rotate heads, attention, contiguous, output, residual add = 7
+#   router: norm, linear, choice = 3; shared expert: gate, up, activation, down, add = 5; residual add 1
+#   routed experts, all but their kernel: counts, slots of the rows, sort, combine, the policy, the books = 6
+#   hence 7 + 3 + 5 + 1 + 6 = 22, and 7 + norm 1 + gated MLP 4 + residual add 1 = 13 for a dense layer
+#   forward: embedding and its cast 2, rotary tables 5, final norm 1, lm_head 1, sampling 26 = 35
 _EMULATED = replace(
     _ENGINE,
     name="emulated",
     is_async=False,
-    ops_per_layer=74,
-    ops_per_dense_layer=51,
-    ops_per_forward=40,
+    ops_per_layer=22,
+    ops_per_dense_layer=13,
+    ops_per_forward=35,
 )
 
 # The same with experts in their files: the device's memory is the only one, and misses are read and then computed.
