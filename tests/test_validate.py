@@ -1,0 +1,188 @@
+"""Predicted beside measured: grids, logs that go on, and figures that can be recomputed by hand."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from typer.testing import CliRunner
+
+from tidesim.cli import app
+from tidesim.engine.live import DeviceSettings, dummy_model
+from tidesim.engine.session import Session
+from tidesim.errors import InputError, ProfileError
+from tidesim.execution import EXECUTIONS
+from tidesim.hardware import load_hardware
+from tidesim.shipped import shipped_folder
+from tidesim.trace import Trace
+from tidesim.validate import (
+    Case,
+    ForcedSource,
+    Row,
+    Validation,
+    checked_profile,
+    default_grid,
+    grid,
+    read_grid,
+    validate,
+)
+from tidesim.validate.checked_profile import paced, step_error
+from tidesim.validate.measuring import by_hand
+
+TINY = shipped_folder("models") / "llada2-tiny"
+CPU = DeviceSettings(device="cpu", device_threads=1, host_threads=1)
+
+
+def test_a_grid_leaves_out_what_makes_no_sense() -> None:
+    cases = grid(["all-host", "lru", "tide"], [8, 16], [1, 4], 32)
+    assert cases == [
+        Case("all-host", 0, None),
+        Case("lru", 8, None),
+        Case("lru", 16, None),
+        *(Case("tide", budget, interval) for budget in (8, 16) for interval in (1, 4)),
+    ]
+    assert [case.label for case in cases[:1] + cases[-1:]] == ["all-host B=0", "tide τ=4 B=16"]
+    assert len(default_grid(256)) >= 24
+    assert len(set(default_grid(256))) == len(default_grid(256))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("nonsense", "must be JSON"),
+        ('{"policies": ["lru"]}', "must be JSON"),
+        ('{"policies": ["lfu"], "budgets": [8], "intervals": [1]}', "no policy 'lfu'"),
+        ('{"policies": ["lru"], "budgets": [8.5], "intervals": [1]}', "whole numbers"),
+        ('{"policies": ["lru"], "budgets": [300], "intervals": [1]}', r"in 0\.\.256"),
+        ('{"policies": ["lru"], "budgets": [8], "intervals": [0]}', ">= 1"),
+    ],
+)
+def test_a_bad_grid_file_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "grid.json").write_text(content)
+    with pytest.raises(InputError, match=said):
+        read_grid(tmp_path / "grid.json", 256)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_grid(tmp_path / "none.json", 256)
+
+
+def row(predicted: float, measured: float, differences: int = 0) -> Row:
+    return Row(
+        case="c",
+        policy="lru",
+        budget=8,
+        refresh_interval=None,
+        predicted_tok_per_s=predicted,
+        measured_tok_per_s=measured,
+        repeats_tok_per_s=(measured,),
+        spread=0.0,
+        error=predicted / measured - 1,
+        hit_rate=0.5,
+        promotions=1,
+        num_differences=differences,
+        measured_parts_s={"dense": 1.0},
+        predicted_parts_s={"dense": 1.0},
+    )
+
+
+def test_agreement_is_what_it_says() -> None:
+    rows = [row(11, 10), row(19, 20), row(33, 30), row(29, 31, differences=2)]
+    found = Validation(rows=rows, machine="m", model="n", trace_origin="synthetic", profile="p", num_forwards=3, seed=0)
+    assert found.median_error == pytest.approx((0.1 + 2 / 31) / 2)
+    assert found.worst_error == pytest.approx(0.1)
+    # Of the six pairs, only the last two cases are ranked the wrong way round.
+    assert found.kendall_tau == pytest.approx((5 - 1) / 6)
+    assert found.num_differences == 2
+
+
+@pytest.fixture(scope="module")
+def trace() -> Any:
+    with Trace.open("llada2-tiny") as opened:
+        yield opened
+
+
+def run(live: Any, trace: Trace, log: Path, cases: list[Case], repeats: int = 2) -> Validation:
+    how = EXECUTIONS["overlapped"]
+    first = Session(live, by_hand(Case("all-host", 0, None).make_policy(None), 0, how, live), machine="here", seed=0)  # type: ignore[arg-type]
+    source = ForcedSource(first, trace, [0], 10)
+    machine = load_hardware("rtx4090")
+    return validate(live, source, cases, how, machine, log, machine="here", repeats=repeats, seed=0)
+
+
+def test_a_grid_is_measured_simulated_and_decided_alike(trace: Trace, tmp_path: Path) -> None:
+    cases = grid(["all-host", "static", "lru", "tide-as-coded"], [32], [1], 256)
+    with dummy_model(TINY, CPU, 2, seed=0) as live:
+        found = run(live, trace, tmp_path / "log.jsonl", cases)
+        assert [one.case for one in found.rows] == [case.label for case in cases]
+        assert found.num_differences == 0
+        assert found.num_forwards == 10
+        for one in found.rows:
+            assert len(one.repeats_tok_per_s) == 2
+            assert one.measured_tok_per_s == pytest.approx(np.median(one.repeats_tok_per_s))
+            assert one.error == pytest.approx(one.predicted_tok_per_s / one.measured_tok_per_s - 1)
+        log = (tmp_path / "log.jsonl").read_text()
+        assert len(log.splitlines()) == 1 + 2 * len(cases)
+        # What is there is not measured again; one more repeat adds one measurement a case.
+        again = run(live, trace, tmp_path / "log.jsonl", cases)
+        assert again == found
+        assert (tmp_path / "log.jsonl").read_text() == log
+        (tmp_path / "log.jsonl").write_text("\n".join(log.splitlines()[:4]) + "\n")  # stopped after three
+        resumed = run(live, trace, tmp_path / "log.jsonl", cases)
+        assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1 + 2 * len(cases)
+        assert len(resumed.rows) == len(found.rows)
+    found.save_csv(tmp_path / "v.csv")
+    with (tmp_path / "v.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["error"]) for line in lines] == [one.error for one in found.rows]
+    assert {"measured_dense_s", "predicted_host_wait_s"} <= set(lines[0])
+
+
+def test_a_log_of_another_setting_is_refused(trace: Trace, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    with dummy_model(TINY, CPU, 1, seed=0) as live:
+        log.write_text(json.dumps({"machine": "there"}) + "\n")
+        with pytest.raises(InputError, match="another setting"):
+            run(live, trace, log, [Case("lru", 32, None)])
+        log.write_text("x\n")
+        with pytest.raises(InputError, match="no log of measurements"):
+            run(live, trace, log, [Case("lru", 32, None)])
+        with pytest.raises(InputError, match="repeats"):
+            run(live, trace, tmp_path / "new.jsonl", [Case("lru", 32, None)], repeats=0)
+
+
+def test_the_command_writes_table_and_picture(tmp_path: Path) -> None:
+    (tmp_path / "grid.json").write_text('{"policies": ["lru", "all-host"], "budgets": [64], "intervals": [1]}')
+    words = ["validate", "--out", tmp_path / "out", "--hardware", "rtx4090", "--grid", tmp_path / "grid.json"]
+    words += ["--device", "cpu", "--limit", 1, "--gen-length", 32, "--repeats", 1]
+    done = CliRunner().invoke(app, [str(word) for word in [*words, "--json"]])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["num_cases"] == 2
+    assert document["num_differences"] == 0
+    assert document["trace_origin"] == "recorded"
+    assert (tmp_path / "out" / "validation.png").read_bytes().startswith(b"\x89PNG")
+    shown = CliRunner().invoke(app, [str(word) for word in words])
+    assert "Kendall's tau" in shown.stdout
+    assert "lru B=64" in shown.stdout
+
+
+def test_a_profile_that_does_not_predict_a_real_step_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ProfileError, match=r"a denoising step takes .* ms, measured are .* calibrate again"):
+        step_error(TINY, CPU, load_hardware("h200"), seed=0)
+    monkeypatch.setattr(checked_profile, "check_step", lambda predicted_s, measured_s: None)
+    assert step_error(TINY, CPU, load_hardware("h200"), seed=0) < -0.25
+
+
+def test_a_paced_machine_has_the_links_of_its_pace_but_none_faster_than_memory() -> None:
+    from tidesim.engine.emulated import Pace
+
+    slow, fast = load_hardware("rtx4060-laptop"), load_hardware("rtx5090")
+    settings = DeviceSettings(device="emulated", pace=Pace.of(slow))
+    assert paced(fast, settings).links.h2d_pinned == slow.links.h2d_pinned
+    settings = DeviceSettings(device="emulated", pace=Pace.of(fast))
+    assert paced(slow, settings).links.h2d_pinned.bytes_per_s == slow.links.h2d_pinned.bytes_per_s
+    assert paced(slow, CPU) == slow
