@@ -114,3 +114,19 @@ def test_a_dtype_that_compiled_code_does_not_read_is_refused() -> None:
         kernel.stored_like(torch.float16)
     with pytest.raises(ValueError, match="num_threads"):
         Cores(0)
+
+
+def test_the_exponential_is_that_of_the_library() -> None:
+    from numba import njit
+
+    @njit
+    def all_of(x: np.ndarray) -> np.ndarray:
+        out = np.empty_like(x)
+        for i in range(len(x)):
+            out[i] = kernel.exp(x[i])
+        return out
+
+    x = np.concatenate([np.linspace(-87, 88, 100_001), [0.0, -0.0, 1e-30]]).astype(np.float32)
+    np.testing.assert_allclose(all_of(x), np.exp(x.astype(np.float64)), rtol=3e-7)
+    assert all_of(np.array([-np.inf, -1e6], np.float32)).max() < 1e-37
+    assert all_of(np.array([0], np.float32))[0] == 1

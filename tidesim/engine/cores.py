@@ -4,7 +4,7 @@ Every output of a linear map and every expert is computed whole by one thread, s
 threads there are.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +16,8 @@ from tidesim.engine import kernel
 from tidesim.engine.kernel import ExpertWeights, Pairs
 
 _TILE = 64  # outputs of a linear map are dealt to threads in multiples of so many
+# Multiply-adds below which a part is not worth handing to another thread: waking one takes as long as some 4 million.
+_LEAST_PART = 1 << 22
 
 
 class Cores:
@@ -58,26 +60,40 @@ class Cores:
             gate, up, down = weights.of(part)
             kernel.run_experts(x, pairs.tokens, begin[part], end[part], gate, up, down, like, width, out)
 
+        # A tile of rows is computed whole even if it is not full.
+        tiles = (end - begin + kernel.ROW_TILE - 1) // kernel.ROW_TILE
+        num_parts = self._num_parts(int(tiles.sum()) * kernel.ROW_TILE * 3 * width * x.shape[1])
         # Dealt from the busiest down, so that no thread is left with several busy ones.
-        busiest_first = np.argsort(begin - end, kind="stable")
-        self._share(run, (busiest_first[start :: self.num_threads] for start in range(self.num_threads)))
+        busiest_first = np.argsort(-tiles, kind="stable")
+        self._share(run, [busiest_first[start::num_parts] for start in range(num_parts)])
 
     def multiply(
         self, weights_at: int, like: npt.NDArray[Any], rows: npt.NDArray[np.float32], out: npt.NDArray[np.float32]
     ) -> None:
         """out[t, :] = weights . rows[t, :], see `kernel.multiply_rows`."""
         num_outputs = out.shape[1]
-        step = -(-num_outputs // (self.num_threads * _TILE)) * _TILE
+        num_parts = self._num_parts(rows.size * num_outputs)
+        if num_parts == 1:
+            kernel.multiply_rows(weights_at, like, rows, 0, num_outputs, out)
+            return
+        step = -(-num_outputs // (num_parts * _TILE)) * _TILE
 
         def run(first: int) -> None:
             kernel.multiply_rows(weights_at, like, rows, first, min(first + step, num_outputs), out)
 
         self._share(run, range(0, num_outputs, step))
 
-    def _share(self, run: Callable[[Any], None], parts: Iterable[Any]) -> None:
+    def _num_parts(self, num_products: int) -> int:
+        """In how many parts so many multiply-adds are worth sharing."""
+        return max(1, min(self.num_threads, num_products // _LEAST_PART))
+
+    def _share(self, run: Callable[[Any], None], parts: Sequence[Any]) -> None:
         """Call `run` with each part: the first on this thread, the others on those of the pool."""
-        mine, *others = parts
-        waiting: list[Future[None]] = [] if self._pool is None else [self._pool.submit(run, part) for part in others]
-        run(mine)
+        if self._pool is None or len(parts) == 1:
+            for part in parts:
+                run(part)
+            return
+        waiting: list[Future[None]] = [self._pool.submit(run, part) for part in parts[1:]]
+        run(parts[0])
         for future in waiting:
             future.result()

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from tidesim.engine import kernel
 from tidesim.engine.cores import Cores
-from tidesim.engine.model import MLP, Attention, KVCache, LLaDA2, RMSNorm, Router, Routing
+from tidesim.engine.model import MLP, Attention, KVCache, Likeliest, LLaDA2, RMSNorm, Router, Routing
 
 Floats = npt.NDArray[np.float32]
 
@@ -93,10 +93,10 @@ def choose_experts(
     T, E = logits.shape
     K, size = ids.shape[1], E // num_groups
     scores, choice = np.empty(E, np.float32), np.empty(E, np.float32)
-    groups = np.empty(num_groups, np.float32)
+    groups, kept = np.empty(num_groups, np.float32), np.empty(top_groups, np.int64)
     for t in range(T):
         for e in range(E):
-            scores[e] = np.float32(1) / (np.float32(1) + math.exp(-logits[t, e]))
+            scores[e] = np.float32(1) / (np.float32(1) + kernel.exp(-logits[t, e]))
             choice[e] = scores[e] + bias[e]
         for group in range(num_groups):
             best = second = np.float32(-np.inf)
@@ -106,20 +106,17 @@ def choose_experts(
                 elif choice[e] > second:
                     second = choice[e]
             groups[group] = best + second
-        for _ in range(num_groups - top_groups):
-            # The last of equally bad groups goes, so that the first stays.
-            worst = 0
-            for group in range(num_groups):
-                if groups[group] <= groups[worst] or groups[worst] == np.inf:
-                    worst = group
-            groups[worst] = np.inf
-            choice[worst * size : (worst + 1) * size] = -np.inf
+        for number in range(top_groups):
+            kept[number] = np.argmax(groups)
+            groups[kept[number]] = -np.inf
+        kept.sort()
         total = np.float32(0)
         for k in range(K):
-            top = 0
-            for e in range(E):
-                if choice[e] > choice[top]:
-                    top = e
+            top = kept[0] * size
+            for group in kept:
+                for e in range(group * size, (group + 1) * size):
+                    if choice[e] > choice[top]:
+                        top = e
             ids[t, k], weights[t, k] = top, scores[top]
             total += scores[top]
             choice[top] = -np.inf
@@ -134,7 +131,25 @@ def gate(gates: Floats, ups: Floats) -> None:
     T, width = gates.shape
     for t in range(T):
         for i in range(width):
-            gates[t, i] = gates[t, i] / (np.float32(1) + math.exp(-gates[t, i])) * ups[t, i]
+            gates[t, i] = gates[t, i] / (np.float32(1) + kernel.exp(-gates[t, i])) * ups[t, i]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
+def take_likeliest(logits: Floats, tokens: npt.NDArray[np.int64], confidences: Floats) -> None:
+    """The likeliest token of each row of logits [T, V], the first of equals, and its probability."""
+    T, V = logits.shape
+    for t in range(T):
+        best = logits[t, 0]
+        for i in range(V):
+            best = max(best, logits[t, i])
+        total = np.float32(0)
+        for i in range(V):
+            total += kernel.exp(logits[t, i] - best)
+        for i in range(V):
+            if logits[t, i] == best:
+                tokens[t] = i
+                break
+        confidences[t] = np.float32(1) / total
 
 
 def _float(tensor: Tensor) -> Floats:
@@ -150,11 +165,12 @@ class CpuLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         self._cores, self._like = cores, kernel.stored_like(weight.dtype)
+        self._at, self._num_outputs = self.weight.data_ptr(), len(self.weight)
 
     def rows(self, rows: Floats) -> Floats:
         """The same on rows [T, in] -> [T, out]."""
-        out = np.empty((len(rows), len(self.weight)), np.float32)
-        self._cores.multiply(self.weight.data_ptr(), self._like, rows, out)
+        out = np.empty((len(rows), self._num_outputs), np.float32)
+        self._cores.multiply(self._at, self._like, rows, out)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -265,6 +281,15 @@ class CpuRouter(nn.Module):
         return Routing(torch.from_numpy(ids), torch.from_numpy(weights))
 
 
+class CpuLikeliest(nn.Module):
+    """The likeliest token of each row and its probability. [B, V] -> [B], [B]."""
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, confidences = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
+        take_likeliest(logits.numpy(), tokens, confidences)
+        return torch.from_numpy(tokens), torch.from_numpy(confidences)
+
+
 def on_cores(network: LLaDA2, cores: Cores) -> None:
     """Have `network` computed by `cores`."""
     make: dict[type[nn.Module], Any] = {
@@ -274,6 +299,7 @@ def on_cores(network: LLaDA2, cores: Cores) -> None:
         Attention: lambda attention: CpuAttention(attention, cores),
         MLP: lambda mlp: CpuMLP(mlp, cores),
         Router: lambda router: CpuRouter(router, cores),
+        Likeliest: lambda _: CpuLikeliest(),
     }
     for module in list(network.modules()):
         for name, child in list(module.named_children()):

@@ -132,17 +132,6 @@ def generate(
         return _Decoder(network, prompt, sampler, mask_id, end_id, rng, watcher).run(on_block)
 
 
-def propose(logits: Tensor, temperature: float = 0.0, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Token and confidence of each row. logits [B, V] -> [B], [B]. The confidence is the token's probability."""
-    if temperature > 0:
-        probabilities = torch.softmax(logits / temperature, dim=-1)
-        tokens = torch.multinomial(probabilities, 1, generator=rng)[:, 0]
-    else:
-        probabilities = torch.softmax(logits, dim=-1)
-        tokens = probabilities.argmax(dim=-1)
-    return tokens, probabilities.gather(1, tokens[:, None])[:, 0]
-
-
 class _Decoder:
     """State of one generation: the canvas of all tokens, the cache and what has been recorded."""
 
@@ -201,13 +190,22 @@ class _Decoder:
             hidden = self._forward(block, step, ForwardKind.DENOISE, first_row, stop, int(is_masked.sum()))
             logits = self.network.logits(hidden[-self.block_length :])
             logits[:, self.mask_id] = float("-inf")
-            tokens, confidences = propose(logits, self.sampler.temperature, self.rng)
+            tokens, confidences = self._propose(logits)
             accepted = self._accept(confidences.masked_fill(~is_masked, float("-inf")), self.sampler.quota(step))
             self.canvas[start:stop] = torch.where(accepted, tokens, self.canvas[start:stop])
             is_masked &= ~accepted
             self._finish_step(num_accepted=int(accepted.sum()))
             step += 1
         return step
+
+    def _propose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and confidence of each row. logits [B, V] -> [B], [B]. The confidence is the token's probability."""
+        if self.sampler.temperature == 0:
+            proposed: tuple[Tensor, Tensor] = self.network.likeliest(logits)
+            return proposed
+        probabilities = torch.softmax(logits / self.sampler.temperature, dim=-1)
+        tokens = torch.multinomial(probabilities, 1, generator=self.rng)[:, 0]
+        return tokens, probabilities.gather(1, tokens[:, None])[:, 0]
 
     def _accept(self, confidences: Tensor, quota: int) -> Tensor:
         """Which positions [B] to accept: all above the threshold, or the `quota` best if those are fewer."""

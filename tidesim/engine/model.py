@@ -315,6 +315,15 @@ class Layer(nn.Module):
         return x + self.mlp(normed), None
 
 
+class Likeliest(nn.Module):
+    """The likeliest token of each row of logits and its probability. [B, V] -> [B], [B]."""
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = torch.softmax(logits, dim=-1)
+        tokens = probabilities.argmax(dim=-1)
+        return tokens, probabilities.gather(1, tokens[:, None])[:, 0]
+
+
 class LLaDA2(nn.Module):
     """The network: tokens in, hidden states and each MoE layer's routing out; `logits` for the rows that need them."""
 
@@ -327,6 +336,7 @@ class LLaDA2(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.likeliest = Likeliest()
         self.rotary = Rotary(config)
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tidesim.engine.generate import Generation, Sampler, generate, propose
+from tidesim.engine.generate import Generation, Sampler, generate
 from tidesim.engine.live import LiveModel
 from tidesim.engine.model import KVCache, block_causal_mask
 from tidesim.engine.offload import Offload
@@ -183,5 +183,5 @@ def _replay_sequence(
         needs_mask = num_rows > block_length
         hidden, _ = network(tokens[None, rows], positions[rows], mask[rows, : rows.stop] if needs_mask else None, cache)
         if forward.kind == ForwardKind.DENOISE:
-            propose(network.logits(hidden[0, -block_length:]))[0].tolist()
+            network.likeliest(network.logits(hidden[0, -block_length:]))[0].tolist()
         offload.end()
