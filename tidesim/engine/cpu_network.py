@@ -112,7 +112,7 @@ def choose_experts(
         kept.sort()
         total = np.float32(0)
         for k in range(K):
-            top = kept[0] * size
+            top: Any = kept[0] * size
             for group in kept:
                 for e in range(group * size, (group + 1) * size):
                     if choice[e] > choice[top]:
