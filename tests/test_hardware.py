@@ -218,10 +218,10 @@ def calibrated_content() -> dict[str, Any]:
 def test_an_experts_time_is_interpolated_between_points_and_its_rate_held_above_them() -> None:
     # 24 operations a row: 200 ns for one row, 200 for two, 300 for four.
     made = Curve((1, 2, 4), (0.12e9, 0.24e9, 0.32e9))
-    seconds = made.expert_s(np.array([[0, 1, 2], [3, 4, 8]]), expert_params=12)
+    seconds = made.product_s(np.array([[0, 1, 2], [3, 4, 8]]), params=12)
     assert (seconds * 1e9).tolist() == [[0, *map(pytest.approx, (200, 200))], [*map(pytest.approx, (250, 300, 600))]]
     one = Curve((1,), (0.12e9,))
-    assert one.expert_s(np.array([0, 1, 5]), 12) * 1e9 == pytest.approx([0, 200, 1000])
+    assert one.product_s(np.array([0, 1, 5]), 12) * 1e9 == pytest.approx([0, 200, 1000])
 
 
 @given(
@@ -232,11 +232,11 @@ def test_a_curve_goes_through_its_points_and_stays_between_them(rows: list[int],
     rows = [1, *rows]
     rates = data.draw(st.lists(st.floats(1e7, 1e15), min_size=len(rows), max_size=len(rows)))
     made = Curve(tuple(rows), tuple(rates))
-    at_points = made.expert_s(np.array(rows), 3 * 2048 * 512)
+    at_points = made.product_s(np.array(rows), 3 * 2048 * 512)
     expected = [2 * row * 3 * 2048 * 512 / rate for row, rate in zip(rows, rates, strict=True)]
     assert at_points == pytest.approx(expected, rel=1e-9)
     for index, (low, high) in enumerate(pairwise(rows)):
-        (between,) = made.expert_s(np.array([(low + high) // 2]), 3 * 2048 * 512)
+        (between,) = made.product_s(np.array([(low + high) // 2]), 3 * 2048 * 512)
         ends = sorted(expected[index : index + 2])
         assert ends[0] * (1 - 1e-9) <= between <= ends[1] * (1 + 1e-9)
 

@@ -112,11 +112,11 @@ def choose_experts(
         kept.sort()
         total = np.float32(0)
         for k in range(K):
-            top: Any = kept[0] * size
-            for group in kept:
-                for e in range(group * size, (group + 1) * size):
-                    if choice[e] > choice[top]:
-                        top = e
+            top = kept[0] * size
+            for start in kept * size:
+                candidate = start + np.argmax(choice[start : start + size])
+                if choice[candidate] > choice[top]:
+                    top = candidate
             ids[t, k], weights[t, k] = top, scores[top]
             total += scores[top]
             choice[top] = -np.inf

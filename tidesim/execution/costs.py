@@ -76,8 +76,11 @@ class Costs:
         no layer are counted here.
         """
         vocab, device = self.model.vocab_params, self.hardware.device
-        flops = 2 * _wide(tokens if self.execution.logits == "all" else logit_tokens) * vocab
-        kernel_ns = _ns(_roofline_s(2 * vocab, flops, device.bytes_per_s, device.flops_per_s))
+        rows = _wide(tokens if self.execution.logits == "all" else logit_tokens)
+        if device.head_curve is not None:
+            kernel_ns = _ns(device.head_curve.product_s(rows, vocab))
+        else:
+            kernel_ns = _ns(_roofline_s(2 * vocab, 2 * rows * vocab, device.bytes_per_s, device.flops_per_s))
         launch_ns = self._unhidden_ns(kernel_ns, self._launch_ns(self.execution.ops_per_forward))
         has_head = _wide(logit_tokens) > 0
         return np.where(has_head, kernel_ns, 0), np.where(has_head, launch_ns, 0)
@@ -112,12 +115,19 @@ class Costs:
     # --- how the figures come about ---
 
     def _layer_s(self, params: int, tokens: Rows, context_tokens: Rows) -> Floats:
-        """Seconds of one layer whose weights are `params`: they and the cache are read once, at 2 bytes each."""
+        """Seconds of one layer whose weights are `params`: they and the cache are read once, at 2 bytes each.
+
+        With a curve for the linear maps, attention comes on top of them by the roofline.
+        """
         model, device = self.model, self.hardware.device
         tokens, context_tokens = _wide(tokens), _wide(context_tokens)
-        num_bytes = 2 * params + context_tokens * model.kv_bytes_per_token_layer
-        flops = 2 * tokens * params + 4 * tokens * (context_tokens + tokens) * (model.num_heads * model.head_dim)
-        return _roofline_s(num_bytes, flops, device.bytes_per_s, device.flops_per_s)
+        context_bytes = context_tokens * model.kv_bytes_per_token_layer
+        attention_flops = 4 * tokens * (context_tokens + tokens) * (model.num_heads * model.head_dim)
+        if device.dense_curve is not None:
+            attention_s = _roofline_s(context_bytes, attention_flops, device.bytes_per_s, device.flops_per_s)
+            return device.dense_curve.product_s(tokens, params) + attention_s
+        flops = 2 * tokens * params + attention_flops
+        return _roofline_s(2 * params + context_bytes, flops, device.bytes_per_s, device.flops_per_s)
 
     def _launch_ns(self, num_ops: int) -> Ints:
         device = self.hardware.device
@@ -133,7 +143,7 @@ class Costs:
     def _loop_s(self, rows: Ints) -> Floats:
         model, device = self.model, self.hardware.device
         if self._device_curve is not None:
-            return self._device_curve.expert_s(rows, model.expert_params)
+            return self._device_curve.product_s(rows, model.expert_params)
         flops = 2 * rows * model.expert_params
         work_s = _roofline_s(model.expert_bytes, flops, device.bytes_per_s, device.flops_per_s)
         return 3 * device.gemm_overhead_s + work_s
@@ -149,7 +159,7 @@ class Costs:
         """Host time per missed expert and per layer; the call and the copies of rows are in one or the other."""
         model, host = self.model, self.hardware.host
         if self._host_curve is not None:
-            work_s = self._host_curve.expert_s(rows, model.expert_params)
+            work_s = self._host_curve.product_s(rows, model.expert_params)
         else:
             flops = 2 * rows * model.expert_params
             work_s = _roofline_s(model.expert_bytes, flops, host.bytes_per_s, host.bf16_flops_per_s)

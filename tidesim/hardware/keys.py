@@ -137,10 +137,12 @@ FIGURE_KEYS = (
 )
 # One routed expert, its three GEMMs on 16-bit weights that no cache holds.
 CURVE_KEYS = (
+    CurveKey("device.dense_curve", 0.01, 1e7, "rate that the linear maps of a layer reach on the device, by rows"),
+    CurveKey("device.head_curve", 0.01, 1e7, "rate that lm_head reaches on the device, by rows"),
     CurveKey("device.expert_curve", 0.01, 1e7, "rate that one expert reaches on the device, by its rows"),
     CurveKey("host.expert_curve", 0.01, 1e6, "rate that one expert reaches on the host, by its rows"),
 )
-ROWS_KEY = FigureKey("rows", "rows", 1, 1e6, "rows of one expert")
+ROWS_KEY = FigureKey("rows", "rows", 1, 1e6, "rows computed at once")
 KEY_BY_PATH = {key.path: key for key in FIGURE_KEYS}
 COPY_NAMES = sorted({key.path.split(".")[1] for key in FIGURE_KEYS if key.is_copy})
 

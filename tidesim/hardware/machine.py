@@ -31,22 +31,23 @@ Floats = npt.NDArray[np.float64]
 # Who may be busy beside whom where memory is shared.
 Busy = Literal["device", "host", "copies"]
 BUSY: tuple[Busy, ...] = get_args(Busy)
+DEVICE_CURVES = ("dense_curve", "head_curve", "expert_curve")
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """How fast one expert is computed, by how many rows it has: `flops_per_s[i]` with `rows[i]`, ascending from 1."""
+    """How fast products with weights are computed, by rows: `flops_per_s[i]` with `rows[i]`, ascending from 1."""
 
     rows: tuple[int, ...]
     flops_per_s: tuple[float, ...]
 
-    def expert_s(self, rows: Ints, expert_params: int) -> Floats:
-        """Seconds of an expert with so many rows, an array of any shape; an expert without rows takes none.
+    def product_s(self, rows: Ints, params: int) -> Floats:
+        """Seconds that so many rows, an array of any shape, take through weights of `params`; no rows, no time.
 
         The time is interpolated linearly between two points of the curve; above the last, its rate holds.
         """
-        flops = 2 * expert_params * np.asarray(rows, np.int64)
-        at_points = 2 * expert_params * np.array(self.rows) / np.array(self.flops_per_s)
+        flops = 2 * params * np.asarray(rows, np.int64)
+        at_points = 2 * params * np.array(self.rows) / np.array(self.flops_per_s)
         between = np.interp(rows, (0, *self.rows), (0, *at_points))
         seconds: Floats = np.where(np.asarray(rows) > self.rows[-1], flops / self.flops_per_s[-1], between)
         return seconds
@@ -76,7 +77,7 @@ class Contention:
 class Device:
     """What the accelerator achieves; the fields are those of `FIGURE_KEYS` in bytes, seconds and per second.
 
-    `expert_curve` holds for experts of 16 bits a weight, and then in place of the rates; None if it was not measured.
+    The curves hold in place of the rates, `expert_curve` for experts of 16 bits a weight; None: not measured.
     """
 
     memory_bytes: int
@@ -88,6 +89,8 @@ class Device:
     eager_op_s: float
     grouped_overhead_s: float
     gemm_overhead_s: float
+    dense_curve: Curve | None = None
+    head_curve: Curve | None = None
     expert_curve: Curve | None = None
 
 
@@ -250,7 +253,7 @@ def _assemble(checked: Checked) -> Hardware:
         name=checked.name,
         description=checked.description,
         is_unified=checked.is_unified,
-        device=_device(si, curves.get("device.expert_curve")),
+        device=_device(si, {name: curves.get(f"device.{name}") for name in DEVICE_CURVES}),
         host=_host(si, curves.get("host.expert_curve")),
         links=links,
         nvme=link("nvme"),
@@ -260,7 +263,7 @@ def _assemble(checked: Checked) -> Hardware:
     )
 
 
-def _device(si: Mapping[str, float], curve: Curve | None) -> Device:
+def _device(si: Mapping[str, float], curves: Mapping[str, Curve | None]) -> Device:
     return Device(
         memory_bytes=round(si["device.memory_gib"]),
         bytes_per_s=si["device.memory_gb_s"],
@@ -271,7 +274,7 @@ def _device(si: Mapping[str, float], curve: Curve | None) -> Device:
         eager_op_s=si["device.eager_op_us"],
         grouped_overhead_s=si["device.grouped_overhead_us"],
         gemm_overhead_s=si["device.gemm_overhead_us"],
-        expert_curve=curve,
+        **curves,
     )
 
 

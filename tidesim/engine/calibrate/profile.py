@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -27,6 +27,7 @@ from tidesim.result import tool_version
 
 Progress = Callable[[str, float], None]
 
+PASSES = 3
 MOST_OFF = 0.25  # a profile that is further off than this does not describe the machine
 
 
@@ -155,13 +156,13 @@ class _Calibration:
 
     Attributes
     ----------
-    figures : figures and curves as a profile has them, by dotted path.
+    figures : figures and curves as a profile has them, by dotted path: those of the present pass, then the medians.
     """
 
     def __init__(
         self, model: MoEConfig, settings: Settings, accelerator: DeviceCalls | None, rng: np.random.Generator
     ) -> None:
-        self.figures: dict[str, object] = {}
+        self.figures: dict[str, dict[str, Any]] = {}
         self._model, self._settings, self._calls, self._rng = model, settings, accelerator, rng
         self._torch_rng = torch.Generator().manual_seed(int(rng.integers(2**62)))
         self._cache_bytes = host.cache_bytes()
@@ -176,7 +177,11 @@ class _Calibration:
         self._host_cores.close()
 
     def run(self, progress: Progress) -> None:
-        """Measure everything; each step has its part of the time."""
+        """Measure everything, `PASSES` times over; each step has its part of the time.
+
+        What a machine reaches changes from minute to minute, beside neighbours that nobody here can see. So samples of
+        one figure are taken at several times, and all figures at the same times.
+        """
         steps: Mapping[str, tuple[float, Callable[[float], None]]] = {
             "link": (0.2, self._link if self._calls is None else self._device_link),
             "experts on the host": (0.15, self._host_experts),
@@ -184,11 +189,20 @@ class _Calibration:
             "side by side": (0.15, self._contention),
             "drive": (0.2, self._drive),
         }
-        behind, whole = 0.0, sum(share for share, _ in steps.values())
-        for name, (share, step) in steps.items():
-            progress(name, behind / whole)
-            step(share * self._settings.budget_s)
-            behind += share
+        whole = sum(share for share, _ in steps.values())
+        passes: list[dict[str, dict[str, Any]]] = []
+        behind = 0.0
+        for number in range(PASSES):
+            self.figures = {}
+            for name, (share, step) in steps.items():
+                if name == "drive" and number:
+                    continue  # it writes a large file, and no other figure depends on it
+                progress(name, behind)
+                part = share / whole if name == "drive" else share / whole / PASSES
+                step(part * self._settings.budget_s)
+                behind += part
+            passes.append(self.figures)
+        self.figures = _medians(passes)
         progress("done", 1.0)
 
     # --- figures ---
@@ -300,6 +314,10 @@ class _Calibration:
         self._put("device.grouped_overhead_us", experts.experts_call(model, cores))
         self._put_choice("device.gemm_overhead_us", 0.0, "nothing is launched on an emulated device")
         self._put_curve("device.expert_curve", curve)
+        # At one row, a bf16 weight is two bytes and two operations, so both rates are one number.
+        block = model.block_length
+        self._put_curve("device.dense_curve", {1: rates.bytes_per_s, block: rates.flops_per_s})
+        self._put_curve("device.head_curve", {1: rates.head_bytes_per_s, block: rates.head_flops_per_s})
         self._loads["device"] = Load("experts on the device", cold.work(cores, TYPICAL_ROWS))
 
     def _device(self, limit_s: float) -> None:
@@ -326,6 +344,23 @@ class _Calibration:
             # Work of microseconds that loses its core for once comes out slower than any memory makes it.
             path = f"contention.{name}"
             self._put(path, share.with_value(max(share.value, KEY_BY_PATH[path].low)))
+
+
+def _medians(passes: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Each figure and curve as the median of the passes that measured it; its source tells what the passes gave."""
+    merged = {}
+    for path, first in passes[0].items():
+        found = [figures[path] for figures in passes if path in figures]
+        if "rows" in first:
+            rates = [float(np.median(column)) for column in zip(*(each["gflops"] for each in found), strict=True)]
+            merged[path] = {**first, "gflops": rates, "source": f"{first['source']}; median of {len(found)} passes"}
+            continue
+        values = [each["value"] for each in found]
+        source = first["source"]
+        if len(set(values)) > 1:
+            source += f"; median of {len(values)} passes that gave {', '.join(f'{value:.4g}' for value in values)}"
+        merged[path] = {**first, "value": float(np.median(values)), "source": source}
+    return merged
 
 
 def _bytes_per_s(rate: Measured, model: MoEConfig, note: str) -> Measured:
