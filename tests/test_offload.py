@@ -95,11 +95,15 @@ class StandIn(DeviceCalls):
         return 2**30
 
 
-@pytest.fixture(scope="module", params=["cpu", "emulated", "disk", "stand-in"])
+@pytest.fixture(
+    scope="module",
+    params=["cpu", "emulated", "disk", "stand-in", pytest.param("accelerator", marks=pytest.mark.gpu)],
+)
 def live(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveModel]:
     """Unpaced; paced to a link so slow that copies are still under way when the next layers run; and so on.
 
-    The stand-in computes in float32 throughout, so that rounding does not decide between near ties.
+    The stand-in computes in float32 throughout, so that rounding does not decide between near ties; on a real
+    accelerator it may, and text is not compared there.
     """
     if request.param == "stand-in":
         exact = tmp_path_factory.mktemp("models") / "exact"
@@ -155,7 +159,8 @@ def test_text_never_depends_on_where_experts_live_and_decisions_are_the_simulato
     execution: Execution,
 ) -> None:
     found, decisions, offload = run(live, made(), budget, execution)
-    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    if live.network.norm.weight.device.type == "cpu":
+        assert [one.tokens for one in found] == [one.tokens for one in expected]
     if execution.kv_cache and live.kind != "accelerator":
         # With a cache the forwards are the same ones, and then so is every routed weight, to the last bit.
         for one, other in zip(found, expected, strict=True):
@@ -247,17 +252,19 @@ class Restless(Policy):
 
 def test_a_users_own_policy_runs_and_changes_no_text(live: LiveModel, expected: list[Generation]) -> None:
     found, decisions, offload = run(live, Restless(), 12, EXECUTIONS["overlapped"])
-    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    if live.network.norm.weight.device.type == "cpu":
+        assert [one.tokens for one in found] == [one.tokens for one in expected]
     assert offload.promotions == sum(len(decision.promote) for decision in decisions) > 100
 
 
 def test_the_parts_of_a_run_add_up_and_the_link_carries_what_was_promoted(live: LiveModel) -> None:
     _, _, offload = run(live, policy("tide-as-coded", refresh_interval=1), 9, EXECUTIONS["overlapped"])
     assert sum(sum(parts.values()) for parts in offload.times.parts_ns.values()) == offload.times.makespan_ns
-    assert sum(offload.times.forward_ns) == offload.times.makespan_ns
     if live.kind == "emulated":
-        copies = offload.promotions + 9 * L
-        assert offload.backend.busy_ns()["h2d"] >= 0.9e9 * copies * (1e-5 + live.sizes.expert_bytes / 20e6)
+        copy_ns = 1e9 * (1e-5 + live.sizes.expert_bytes / 20e6)
+        assert offload.backend.busy_ns()["h2d"] >= 0.99 * (offload.promotions + 9 * L) * copy_ns
+        # Those that filled the slots before the first forward are no part of the run.
+        assert offload.busy_ns()["h2d"] <= offload.times.makespan_ns
 
 
 def test_executions_that_the_engine_cannot_follow_are_refused(live: LiveModel) -> None:
@@ -282,6 +289,8 @@ def test_the_engine_takes_from_a_plan_what_is_open_to_choice() -> None:
     assert (changed.copies, changed.kv_cache, changed.host) == ("blocking", False, "parallel")
     assert changed.name == "emulated kv_cache=False copies=blocking"
     assert engine_execution("disk", executions()[0], kv_cache=True).name == "disk"
+    with pytest.raises(InputError, match="--device disk, not cpu"):
+        engine_execution("cpu", EXECUTIONS["disk"], kv_cache=True)
     with pytest.raises(InputError, match="overlapped, engine, emulated or disk"):
         engine_execution("cpu", EXECUTIONS["tide-as-coded"], kv_cache=False)
 

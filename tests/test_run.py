@@ -144,7 +144,6 @@ def test_forced_routing_is_what_the_experts_see(tmp_path: Path) -> None:
             assert outcome.result.hits == result.hits
             assert outcome.result.model == "routing of llada2-tiny forced on llada2-tiny, 3 layers of dummy weights"
             assert outcome.result.trace_origin == "recorded"
-            assert len(outcome.forward_s) == 50
 
 
 def test_dummy_layers_have_their_true_shape_and_no_more_than_the_model() -> None:
@@ -177,14 +176,10 @@ def test_a_plan_that_takes_too_much_memory_is_refused_with_the_figures(plan_file
         fits.check_memory(live, made.max_tokens)
         with pytest.raises(BudgetError, match=r"needs experts .* = 0\.\d+ GiB on the device, which has 0\.250 GiB"):
             fits.check_memory(live, 100 * made.max_tokens)
-        greedy = replace_budget(fits, live.sizes.num_experts)
+        greedy = fits._replace(budgets=(live.sizes.num_experts,) * 4, memory_bytes=28 << 20)
         session = Session(live, greedy, machine="here", seed=0)
         with pytest.raises(BudgetError, match="smaller budget"):
-            session.answer(TINY, [Prompt(text="x")], Sampler(gen_length=4096))
-
-
-def replace_budget(choice: Any, budget: int) -> Any:
-    return choice._replace(budgets=(budget,) * len(choice.budgets))
+            session.answer(TINY, [Prompt(text="x")], SHORT)
 
 
 def test_a_run_stays_within_the_memory_that_was_reckoned(tmp_path: Path) -> None:
@@ -210,7 +205,7 @@ def test_a_run_stays_within_the_memory_that_was_reckoned(tmp_path: Path) -> None
         tracemalloc.stop()
         events = sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns())
         torch_peak = int(np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"]).max())
-        need = live.memory(choice.budgets, choice.execution, len(prompt) + 8, 0)
+        need = live.memory(choice.budgets, choice.execution, len(prompt) + 8)
         backend = offload.backend
         assert isinstance(backend, EmulatedBackend)
         of_host = backend._host_rows.nbytes + backend._host_outputs.nbytes

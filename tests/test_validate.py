@@ -32,7 +32,6 @@ from tidesim.validate import (
     validate,
 )
 from tidesim.validate.checked_profile import paced, step_error
-from tidesim.validate.measuring import by_hand
 
 TINY = shipped_folder("models") / "llada2-tiny"
 CPU = DeviceSettings(device="cpu", device_threads=1, host_threads=1)
@@ -81,6 +80,9 @@ def row(predicted: float, measured: float, differences: int = 0) -> Row:
         repeats_tok_per_s=(measured,),
         spread=0.0,
         error=predicted / measured - 1,
+        steady_tok_per_s=2 * measured,
+        steady_spread=0.1,
+        steady_error=predicted / (2 * measured) - 1,
         hit_rate=0.5,
         promotions=1,
         num_differences=differences,
@@ -92,10 +94,13 @@ def row(predicted: float, measured: float, differences: int = 0) -> Row:
 def test_agreement_is_what_it_says() -> None:
     rows = [row(11, 10), row(19, 20), row(33, 30), row(29, 31, differences=2)]
     found = Validation(rows=rows, machine="m", model="n", trace_origin="synthetic", profile="p", num_forwards=3, seed=0)
-    assert found.median_error == pytest.approx((0.1 + 2 / 31) / 2)
-    assert found.worst_error == pytest.approx(0.1)
+    raw, steady = found.agreement(is_steady=False), found.agreement(is_steady=True)
+    assert raw["median_error"] == pytest.approx((0.1 + 2 / 31) / 2)
+    assert raw["worst_error"] == pytest.approx(0.1)
     # Of the six pairs, only the last two cases are ranked the wrong way round.
-    assert found.kendall_tau == pytest.approx((5 - 1) / 6)
+    assert raw["kendall_tau"] == steady["kendall_tau"] == pytest.approx((5 - 1) / 6)
+    assert steady["worst_error"] == pytest.approx(1 - 29 / 62)
+    assert (raw["median_spread"], steady["median_spread"]) == (0.0, pytest.approx(0.1))
     assert found.num_differences == 2
 
 
@@ -107,7 +112,8 @@ def trace() -> Any:
 
 def run(live: Any, trace: Trace, log: Path, cases: list[Case], repeats: int = 2) -> Validation:
     how = EXECUTIONS["overlapped"]
-    first = Session(live, by_hand(Case("all-host", 0, None).make_policy(None), 0, how, live), machine="here", seed=0)  # type: ignore[arg-type]
+    workload = trace.workload("block").tiled(live.sizes.num_layers)
+    first = Session(live, Case("all-host", 0, None).choice(live, how, workload), machine="here", seed=0)
     source = ForcedSource(first, trace, [0], 10)
     machine = load_hardware("rtx4090")
     return validate(live, source, cases, how, machine, log, machine="here", repeats=repeats, seed=0)
@@ -186,3 +192,27 @@ def test_a_paced_machine_has_the_links_of_its_pace_but_none_faster_than_memory()
     settings = DeviceSettings(device="emulated", pace=Pace.of(fast))
     assert paced(slow, settings).links.h2d_pinned.bytes_per_s == slow.links.h2d_pinned.bytes_per_s
     assert paced(slow, CPU) == slow
+
+
+def test_a_profile_is_set_to_the_speed_of_the_moment() -> None:
+    from dataclasses import replace
+
+    from tidesim.engine.cores import Cores
+    from tidesim.engine.yardstick import Speed, Yardstick
+    from tidesim.hardware.machine import Curve
+    from tidesim.moe import load_moe_config
+
+    plain = load_hardware("rtx4090")
+    curve = Curve((1, 4, 32), (1e9, 4e9, 8e9))
+    device = replace(plain.device, dense_curve=curve, head_curve=curve, expert_curve=curve)
+    profile = replace(plain, device=device, host=replace(plain.host, expert_curve=curve))
+    with Cores(1) as cores:
+        yardstick = Yardstick(load_moe_config("llada2-tiny"), cores, seed=0)
+        assert min(yardstick.measure()) > 1e6
+        slow = yardstick.adjusted(profile, Speed(dense=4e9, experts=3e9))
+        assert yardstick.adjusted(plain, Speed(1e9, 1e9)) is plain
+    assert slow.device.dense_curve.flops_per_s == slow.device.head_curve.flops_per_s == pytest.approx((0.5e9, 2e9, 4e9))
+    assert (
+        slow.device.expert_curve.flops_per_s == slow.host.expert_curve.flops_per_s == pytest.approx((0.75e9, 3e9, 6e9))
+    )
+    assert Speed.between(Speed(1, 4), Speed(3, 8)) == Speed(2, 6)

@@ -197,6 +197,11 @@ def result_tables(document: Document) -> RenderableType:
         f"{_gb(document['d2h_bytes'])} to the host",
         "busy": ", ".join(f"{name} {100 * share:.0f} %" for name, share in document["busy_share"].items()),
     }
+    if document["is_measured"]:
+        names = {"experts": "experts", "non_experts": "other weights", "kv_cache": "KV cache", "transient": "transient"}
+        taken = {name: document["device_memory_bytes"][key] for key, name in names.items()}
+        listed = " + ".join(f"{name} {num_bytes / GIB:.3f}" for name, num_bytes in taken.items())
+        facts["device memory"] = f"{listed} = {sum(taken.values()) / GIB:.3f} GiB"
     title = "Measured run" if document["is_measured"] else "Simulated run"
     return Group(_facts(title, facts), part_table(document))
 
@@ -373,7 +378,7 @@ def _figures(node: Document, path: str = "") -> Iterator[tuple[str, dict[str, st
 
 def validation_tables(document: Document) -> RenderableType:
     """Predicted and measured side by side, and how well they agree over the whole grid."""
-    right = ("predicted, tok/s", "measured, tok/s", "error", "spread", "hit rate", "decisions that differ")
+    right = ("predicted, tok/s", "measured, tok/s", "error", "spread", "at one speed", "error", "spread", "differences")
     table = _table("Predicted and measured", left=("case",), right=right)
     for row in document["rows"]:
         table.add_row(
@@ -382,7 +387,9 @@ def validation_tables(document: Document) -> RenderableType:
             f"{row['measured_tok_per_s']:.3f}",
             f"{100 * row['error']:+.1f} %",
             f"{100 * row['spread']:.1f} %",
-            f"{100 * row['hit_rate']:.1f} %",
+            f"{row['steady_tok_per_s']:.3f}",
+            f"{100 * row['steady_error']:+.1f} %",
+            f"{100 * row['steady_spread']:.1f} %",
             str(row["num_differences"]),
         )
     facts = {
@@ -390,9 +397,16 @@ def validation_tables(document: Document) -> RenderableType:
         "routing": document["trace_origin"],
         "machine": f"{document['machine']}; profile {document['profile']}",
         "cases": f"{document['num_cases']}, {document['num_forwards']} forwards each",
-        "error": f"median {100 * document['median_error']:.1f} %, worst {100 * document['worst_error']:.1f} %",
-        "spread": f"median {100 * document['median_spread']:.1f} % between repeats of one case",
-        "ranking": f"Kendall's tau {document['kendall_tau']:.3f}",
+        "as measured": _agreement(document),
+        "at one speed": f"{_agreement(document['steady'])}; each run brought to the speed of the calibration by a "
+        "yardstick timed beside it",
         "decisions": f"{document['num_differences']} differ between engine and simulator",
     }
     return Group(table, _facts("Agreement", facts))
+
+
+def _agreement(figures: Document) -> str:
+    return (
+        f"error median {100 * figures['median_error']:.1f} %, worst {100 * figures['worst_error']:.1f} %; "
+        f"Kendall's tau {figures['kendall_tau']:.3f}; median spread of repeats {100 * figures['median_spread']:.1f} %"
+    )

@@ -228,6 +228,7 @@ def validate(
     hardware: Annotated[
         str | None, typer.Option("--hardware", help="Calibrated profile of this machine; measured first if left out.")
     ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file whose choice is measured beside the grid.")] = None,
     grid: Annotated[
         Path | None, typer.Option("--grid", help='JSON: {"policies": [...], "budgets": [...], "intervals": [...]}.')
     ] = None,
@@ -253,7 +254,7 @@ def validate(
         from tidesim.engine.generate import Sampler
         from tidesim.engine.session import Session
         from tidesim.engine.tokenizer import read_prompts
-        from tidesim.validate import ForcedSource, PromptSource, default_grid, read_grid
+        from tidesim.validate import Case, ForcedSource, PromptSource, default_grid, read_grid
         from tidesim.validate import validate as run_validation
     settings, machine = _device(device, device_threads, host_threads, pace)
     _check_routing(dummy_weights, routing)
@@ -270,10 +271,11 @@ def validate(
             requests = read_prompts(prompts, limit, is_chat=False)
             folder, sampler = find_shipped("models", model), Sampler(gen_length=gen_length)
             source = PromptSource(first, folder, requests, sampler, out / "routing.h5")
+        cases = default_grid(num_experts) if grid is None else read_grid(grid, num_experts)
         validation = run_validation(
             live,
             source,
-            default_grid(num_experts) if grid is None else read_grid(grid, num_experts),
+            [*cases, *([] if plan is None else [Case.of(Plan.load(plan))])],
             how,
             profile,
             out / "measurements.jsonl",

@@ -24,7 +24,7 @@ from torch.nn import functional
 from tidesim.engine import kernel
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_backend import Worker
-from tidesim.engine.host_weights import HostWeights, addresses, expert_numel
+from tidesim.engine.host_weights import HostWeights, expert_numel
 from tidesim.engine.model import NetworkConfig
 from tidesim.engine.offload import Batch
 from tidesim.engine.times import Span
@@ -114,7 +114,6 @@ class AcceleratorBackend:
         is_detailed: bool = False,
     ) -> None:
         self._config, self._weights, self._host_cores, self._calls = config, weights, host_cores, calls
-        self._host_at = [addresses(layer, config) for layer in weights.layers]
         self._like = kernel.stored_like(weights.dtype)
         self.spans: list[Span] | None = [] if is_detailed else None
         self._host = Worker("host", self.spans)
@@ -216,7 +215,7 @@ class AcceleratorBackend:
             x[rows] = sent.float().numpy()
             outputs = np.empty((len(batch.pairs.tokens), x.shape[1]), np.float32)
             missed, width = batch.missed, self._config.moe_intermediate_size
-            at = self._host_at[layer].of(missed)
+            at = self._weights.at[layer].of(missed)
             self._host_cores.run_experts(x, batch.pairs, batch.num_slots + missed, at, self._like, width, outputs)
             back.copy_(torch.from_numpy(outputs[first:]))
 

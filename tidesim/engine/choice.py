@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from tidesim.engine.live import LiveModel, engine_execution
 from tidesim.errors import BudgetError
-from tidesim.execution import GIB, Execution, execution
+from tidesim.execution import GIB, DeviceMemory, Execution, execution
 from tidesim.planner import Plan
 from tidesim.policies import Policy
 from tidesim.residency import check_budgets, per_layer
@@ -14,18 +14,18 @@ from tidesim.residency import check_budgets, per_layer
 class Choice(NamedTuple):
     """Who decides, with how many slots in each MoE layer, how the engine runs, and how much memory it may take.
 
-    `memory_bytes` is the device's, `reserve_bytes` of it are left alone; None: nobody said how much there is.
+    `memory_bytes` is the device's; None: nobody said how much there is. What a plan holds in reserve there is for what
+    an engine takes beyond the planner's reckoning, so only the whole is checked.
     """
 
     policy: Policy
     budgets: tuple[int, ...]
     execution: Execution
     memory_bytes: int | None
-    reserve_bytes: int = 0
 
-    def check_memory(self, live: LiveModel, max_tokens: int) -> None:
-        """Raise BudgetError, with every figure, if sequences of `max_tokens` tokens take more than there is."""
-        need = live.memory(self.budgets, self.execution, max_tokens, self.reserve_bytes)
+    def check_memory(self, live: LiveModel, max_tokens: int) -> DeviceMemory:
+        """What sequences of `max_tokens` tokens take. Raise BudgetError, with every figure, if there is not as much."""
+        need = live.memory(self.budgets, self.execution, max_tokens)
         limits = [limit for limit in (self.memory_bytes, live.memory_bytes) if limit is not None]
         if limits and need.total > min(limits):
             parts = {
@@ -33,13 +33,13 @@ class Choice(NamedTuple):
                 "other weights": need.non_experts,
                 "KV cache": need.kv_cache,
                 "transient peak": need.transient,
-                "reserve": need.reserve,
             }
             listed = " + ".join(f"{name} {num_bytes / GIB:.3f}" for name, num_bytes in parts.items())
             raise BudgetError(
                 f"{live.sizes.name} with sequences of {max_tokens} tokens needs {listed} = {need.total / GIB:.3f} GiB "
                 f"on the device, which has {min(limits) / GIB:.3f} GiB; plan for a smaller budget or shorter sequences."
             )
+        return need
 
 
 def planned(plan: Plan, live: LiveModel) -> Choice:
@@ -48,7 +48,7 @@ def planned(plan: Plan, live: LiveModel) -> Choice:
     # A plan for the other context than its execution's own says so in the name.
     how = execution(plan.execution.removesuffix(" with KV cache").removesuffix(" without KV cache"))
     own = engine_execution(live.kind, how, kv_cache=plan.context == "block")
-    return Choice(plan.make_policy(), plan.budget, own, plan.hardware.device_memory_bytes, plan.reserve_bytes)
+    return Choice(plan.make_policy(), plan.budget, own, plan.hardware.device_memory_bytes)
 
 
 def by_hand(policy: Policy, budget: int | Sequence[int], how: Execution, live: LiveModel) -> Choice:

@@ -16,7 +16,7 @@ import numpy as np
 
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_backend import CpuBackend, Floats, sleep_until
-from tidesim.engine.host_weights import HostWeights, addresses
+from tidesim.engine.host_weights import HostWeights, MappedWeights
 from tidesim.engine.model import NetworkConfig
 from tidesim.engine.offload import Batch
 from tidesim.errors import InputError
@@ -69,7 +69,7 @@ class EmulatedBackend(CpuBackend):
     def __init__(
         self,
         config: NetworkConfig,
-        weights: HostWeights,
+        weights: HostWeights | MappedWeights,
         device_cores: Cores,
         host_cores: Cores,
         pace: Pace | None = None,
@@ -78,18 +78,15 @@ class EmulatedBackend(CpuBackend):
         self._pace = pace or Pace()
         super().__init__(config, weights.dtype, device_cores, self._pace.device_factor, is_detailed)
         self._weights, self._host_cores = weights, host_cores
-        self._host_at = [addresses(layer, config) for layer in weights.layers]
         self._host_rows, self._host_outputs = self.outputs, self.outputs
 
     def copy(self, layer: int, expert: int, slot: int) -> Future[None]:
         """See `offload.Backend`."""
-        source, target, link = self._weights.layers[layer][expert], self.slabs[layer][slot], self._pace.weights
+        link, target = self._pace.weights, self.slabs[layer][slot]
         least_s = 0.0 if link is None else link.copy_s(self.expert_bytes)
-
-        def copy() -> None:
-            target.copy_(source)
-
-        return self.workers["h2d"].submit(f"promote {expert}", layer, copy, least_s)
+        return self.workers["h2d"].submit(
+            f"promote {expert}", layer, lambda: self._weights.copy_to(layer, expert, target), least_s
+        )
 
     def start_missed(self, layer: int, batch: Batch) -> Future[None]:
         """See `offload.Backend`."""
@@ -110,7 +107,7 @@ class EmulatedBackend(CpuBackend):
         _travel(self._pace.rows_out, start_ns, len(rows) * x.shape[1] * self.activation_bytes)
         start_ns = perf_counter_ns()
         outputs = self._room("_host_outputs", len(pairs.tokens))
-        at = self._host_at[layer].of(missed)
+        at = self._weights.at[layer].of(missed)
         self.run_experts(self._host_cores, host_rows, batch, batch.num_slots + missed, at, outputs)
         self.slow_down(start_ns, self._pace.host_factor)
         start_ns = perf_counter_ns()

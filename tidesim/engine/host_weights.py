@@ -1,4 +1,4 @@
-"""Routed experts in host memory: one contiguous piece per expert (gate, up, down), so that a promotion is one copy."""
+"""Routed experts in host memory: mapped from their files, or staged so that a promotion is one copy of one piece."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from tidesim.engine.checkpoint import Checkpoint, expert_weights
 from tidesim.engine.kernel import STORED, ExpertWeights
 from tidesim.engine.model import NetworkConfig
-from tidesim.errors import BudgetError
+from tidesim.errors import BudgetError, ModelError
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
@@ -54,21 +54,51 @@ def _cached_bytes() -> int:
     return sizes.get("Cached", 0) - sizes.get("Shmem", 0)
 
 
+class MappedWeights:
+    """The experts as they lie in the mapped files of a model folder, read by the system as they are used.
+
+    Nothing is held twice, and the files may be larger than memory. Raise ModelError for a tensor that is missing or
+    misshapen, or for experts of several dtypes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: NetworkConfig) -> None:
+        layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+        self._layers = [expert_weights(checkpoint, config, layer) for layer in layers]
+        dtypes = {matrix.dtype for experts in self._layers for matrices in experts for matrix in matrices}
+        if len(dtypes) > 1:
+            raise ModelError(f"{checkpoint.folder}: experts are stored as {' and '.join(sorted(map(str, dtypes)))}.")
+        self.dtype = dtypes.pop()
+        self.expert_bytes = expert_numel(config) * self.dtype.itemsize
+        self.at = [
+            ExpertWeights(*(np.array([matrices[i].data_ptr() for matrices in experts]) for i in range(3)))
+            for experts in self._layers
+        ]
+
+    def copy_to(self, layer: int, expert: int, target: Tensor) -> None:
+        """Fill `target` with gate, up and down of one expert, one after another."""
+        first = 0
+        for matrix in self._layers[layer][expert]:
+            target[first : first + matrix.numel()].copy_(matrix.view(-1))
+            first += matrix.numel()
+
+
 class HostWeights:
-    """The experts of all MoE layers: `layers[layer]` is [E, 3 * I * D], gate, up and down one after another."""
+    """The experts of all MoE layers, staged: `layers[layer]` is [E, 3 * I * D], gate, up and down one after another.
 
-    def __init__(self, layers: list[Tensor]) -> None:
+    Attributes
+    ----------
+    dtype, expert_bytes : what experts are stored in, and bytes of one. at : where they lie, by layer.
+    """
+
+    def __init__(self, layers: list[Tensor], config: NetworkConfig) -> None:
         self.layers = layers
+        self.dtype = layers[0].dtype
+        self.expert_bytes = layers[0].shape[1] * layers[0].element_size()
+        self.at = [addresses(pieces, config) for pieces in layers]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the experts are stored in."""
-        return self.layers[0].dtype
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert."""
-        return self.layers[0].shape[1] * self.layers[0].element_size()
+    def copy_to(self, layer: int, expert: int, target: Tensor) -> None:
+        """Fill `target` with one expert."""
+        target.copy_(self.layers[layer][expert])
 
     @classmethod
     def staged(cls, checkpoint: Checkpoint, config: NetworkConfig, allocate: Allocate = plain_memory) -> Self:
@@ -83,7 +113,7 @@ class HostWeights:
             for piece, matrices in zip(pieces, experts, strict=True):
                 torch.cat([matrix.flatten() for matrix in matrices], out=piece)
             layers.append(pieces)
-        return cls(layers)
+        return cls(layers, config)
 
     @classmethod
     def random(
@@ -102,4 +132,4 @@ class HostWeights:
             for piece, shift in zip(pieces, torch.randint(numel, (len(pieces),), generator=rng).tolist(), strict=True):
                 piece.copy_(sequence[shift : shift + numel])
             layers.append(pieces)
-        return cls(layers)
+        return cls(layers, config)

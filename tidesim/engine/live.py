@@ -21,7 +21,7 @@ from tidesim.engine.cpu_network import on_cores
 from tidesim.engine.disk import DiskBackend
 from tidesim.engine.drive import Drive
 from tidesim.engine.emulated import EmulatedBackend, Pace
-from tidesim.engine.host_weights import HostWeights, check_host_memory
+from tidesim.engine.host_weights import HostWeights, MappedWeights, check_host_memory
 from tidesim.engine.model import LLaDA2, NetworkConfig
 from tidesim.engine.offload import Backend, Offload, check_execution
 from tidesim.errors import InputError, ModelError, nearest_name
@@ -86,9 +86,14 @@ _EXECUTION_OF = {"accelerator": "engine", "emulated": "emulated", "cpu": "emulat
 def engine_execution(kind: str, planned: Execution, kv_cache: bool) -> Execution:
     """How the engine runs on a device of `kind`, with what is open to choice taken from `planned`.
 
-    Raise InputError with every setting of `planned` that the engine cannot follow.
+    Raise InputError with every setting of `planned` that the engine cannot follow, or if it is for experts on a disk
+    and the device is another.
     """
     check_execution(planned)
+    if planned.home == "disk" and kind != "disk":
+        raise InputError(
+            f"execution {planned.name!r} has its experts on a disk; run it with --device disk, not {kind}."
+        )
     own = EXECUTIONS[_EXECUTION_OF[kind]]
     host = own.host if kind == "disk" else planned.host
     changed = replace(own, kv_cache=kv_cache, copies=planned.copies, host=host)
@@ -124,7 +129,8 @@ class LiveModel:
     """A network on a device, and what it takes to run it under a plan; use it in a `with` statement.
 
     Made by `open_model` and `dummy_model`. `expert_bytes` is what one expert takes as it is stored; `owned` is closed
-    at the end, `memory_bytes` is the device's memory if it has one of its own.
+    at the end, `memory_bytes` is the device's memory if it has one of its own, `cores` are
+    those that the device is made of if it is.
     """
 
     def __init__(
@@ -136,8 +142,10 @@ class LiveModel:
         make_backend: Callable[[bool], Backend],
         owned: Sequence[Closable],
         memory_bytes: int | None = None,
+        cores: Cores | None = None,
     ) -> None:
         self.network, self.sizes, self.kind, self.expert_bytes = network, sizes, kind, expert_bytes
+        self.cores = cores
         self.memory_bytes = memory_bytes
         self._make_backend, self._owned = make_backend, owned
 
@@ -160,7 +168,7 @@ class LiveModel:
         backend = self._make_backend(is_detailed)
         return Offload(self.network, backend, policy, budgets, execution, decisions, is_detailed=is_detailed)
 
-    def memory(self, budgets: Sequence[int], execution: Execution, max_tokens: int, reserve_bytes: int) -> DeviceMemory:
+    def memory(self, budgets: Sequence[int], execution: Execution, max_tokens: int) -> DeviceMemory:
         """Bytes that a run takes on the device at its peak, with sequences of `max_tokens` tokens.
 
         Transient: the outputs of all routed pairs of the longest forward, which are kept; logits of a block as
@@ -183,18 +191,21 @@ class LiveModel:
             transient=pairs * sizes.hidden_size * number
             + head
             + max(layer, grouped if self.kind == "accelerator" else 0),
-            reserve=reserve_bytes,
+            reserve=0,
         )
 
 
 def open_model(folder: Path, settings: DeviceSettings) -> LiveModel:
-    """The model in `folder`, its experts in host memory, or left in their files for device "disk".
+    """The model in `folder`: experts mapped from their files for device "cpu", left there for "disk", else staged.
 
     Raise ModelError for an unusable folder, BudgetError if the experts do not fit this machine's memory.
     """
     checkpoint, sizes = Checkpoint(folder), load_moe_config(str(folder))
     if settings.kind == "disk":
         return _on_drive(load_without_experts(checkpoint), sizes, folder, settings)
+    if settings.kind == "cpu":
+        network = load_without_experts(checkpoint)
+        return _on_cores(network, sizes, MappedWeights(checkpoint, network.config), settings)
     check_host_memory(sizes.experts_bytes(sizes.num_experts), f"the experts of {sizes.name}")
     if settings.kind == "accelerator":
         calls = DeviceCalls()
@@ -229,7 +240,9 @@ def dummy_model(shape: Path, settings: DeviceSettings, num_layers: int | None, s
     return _on_cores(network, sizes, HostWeights.random(config, torch.bfloat16, rng), settings)
 
 
-def _on_cores(network: LLaDA2, sizes: MoEConfig, weights: HostWeights, settings: DeviceSettings) -> LiveModel:
+def _on_cores(
+    network: LLaDA2, sizes: MoEConfig, weights: HostWeights | MappedWeights, settings: DeviceSettings
+) -> LiveModel:
     """Device and host are cores of this machine, and experts are in its memory."""
     device_cores, host_cores = Cores(settings.device_threads), Cores(settings.host_threads)
     one_thread = _OneTorchThread()
@@ -252,7 +265,9 @@ def _on_drive(network: LLaDA2, sizes: MoEConfig, folder: Path, settings: DeviceS
     def make_backend(is_detailed: bool) -> Backend:
         return DiskBackend(network.config, drive, cores, is_detailed)
 
-    return LiveModel(network, sizes, settings.kind, drive.expert_bytes, make_backend, (cores, drive, one_thread))
+    return LiveModel(
+        network, sizes, settings.kind, drive.expert_bytes, make_backend, (cores, drive, one_thread), cores=cores
+    )
 
 
 def _on_accelerator(

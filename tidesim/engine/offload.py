@@ -198,6 +198,7 @@ class Offload:
         self._next = ForwardInfo(-1, -1, ForwardKind.DENOISE, 0, 0, is_first_block=False, tokens=0)
         backend.open_slots(self.budgets)
         self._load()
+        self._busy_before_ns = backend.busy_ns()
         for layer, moe in enumerate(network.moe_layers):
             moe.experts = OffloadedExperts(self, layer)
 
@@ -234,6 +235,11 @@ class Offload:
     def end(self) -> None:
         """The forward is done, its sampling included."""
         self.times.end("dense", None, self.backend.stamp(), self.backend.elapsed_ns)
+
+    def busy_ns(self) -> dict[str, int]:
+        """How long "host" and "h2d" have been at work in this run, at most for its whole length."""
+        busy_ns = {name: ns - self._busy_before_ns[name] for name, ns in self.backend.busy_ns().items()}
+        return {name: min(ns, self.times.makespan_ns) for name, ns in busy_ns.items()}
 
     # --- one layer ---
 

@@ -38,8 +38,7 @@ def measured_result(
     machine, model, origin : what results call the machine, the model, and where the routing comes from.
     tokens : generated tokens.
     """
-    times, backend_ns = offload.times, offload.backend.busy_ns()
-    busy_ns = {"device": times.device_ns, "d2h": 0} | backend_ns
+    times = offload.times
     num_bytes = offload.promotions * live.expert_bytes
     return RunResult(
         policy=offload.policy.name,
@@ -62,7 +61,7 @@ def measured_result(
         d2h_bytes=0,
         makespan_ns=times.makespan_ns,
         layer_parts_ns=tuple(tuple(parts.values()) for parts in times.parts_ns.values()),
-        busy_ns={name: min(busy, times.makespan_ns) for name, busy in busy_ns.items()},
+        busy_ns={"device": times.device_ns, "d2h": 0} | offload.busy_ns(),
         is_measured=True,
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tidesim.engine.offload import Offload
 from tidesim.engine.run import answer, measured_result, replay_trace
 from tidesim.engine.tokenizer import Prompt, TextCodec
 from tidesim.errors import InputError
+from tidesim.execution import DeviceMemory
 from tidesim.moe import read_hf_config
 from tidesim.result import Decision, Interval, RunResult
 from tidesim.trace import Trace, TraceWriter, Workload
@@ -22,16 +23,19 @@ from tidesim.trace import Trace, TraceWriter, Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run gave: its figures, the answers as text (none for a replayed trace), and who ran when if asked for."""
+    """What a run gave: its figures, the answers as text (none for a replayed trace), and who ran when if asked for.
+
+    `memory` is what it took on the device at its peak, as reckoned before.
+    """
 
     result: RunResult
     texts: list[str]
     intervals: list[Interval]
-    forward_s: list[float]
+    memory: DeviceMemory
 
     def to_dict(self) -> dict[str, Any]:
         """The result by name, and the texts, ready for JSON."""
-        return {**self.result.to_dict(), "texts": self.texts}
+        return {**self.result.to_dict(), "texts": self.texts, "device_memory_bytes": asdict(self.memory)}
 
 
 class Session:
@@ -81,7 +85,7 @@ class Session:
         if not all(encoded):
             raise InputError(f"prompt {[bool(ids) for ids in encoded].index(False)} is empty; give it some text.")
         longest = max(-(-(len(ids) + sampler.gen_length) // sampler.block_length) for ids in encoded)
-        self.choice.check_memory(self.live, longest * sampler.block_length)
+        memory = self.choice.check_memory(self.live, longest * sampler.block_length)
 
         def said(number: int, tokens: list[int]) -> None:
             if on_text is not None:
@@ -100,7 +104,7 @@ class Session:
                 tokens += len(generation.tokens)
                 if writer is not None:
                     writer.append(generation.sequence_routing())
-            return self._outcome(offload, self.live.sizes.name, "live", tokens, texts)
+            return self._outcome(offload, self.live.sizes.name, "live", tokens, texts, memory)
 
     def _recorder(
         self, path: Path | None, folder: Path, sampler: Sampler, overwrite: bool
@@ -126,11 +130,11 @@ class Session:
         Raise InputError if the trace routes to other experts than the model has, BudgetError if memory does not do.
         """
         workload = self.forced_workload(trace, sequences, num_forwards)
-        self.choice.check_memory(self.live, workload.max_tokens)
+        memory = self.choice.check_memory(self.live, workload.max_tokens)
         with self.live.start(*self.choice[:3], self._decisions, self._is_detailed) as offload:
             replay_trace(self.live, offload, trace, self.choice.execution, sequences, num_forwards)
             model = f"routing of {trace.model_name} forced on {self.live.sizes.name}"
-            return self._outcome(offload, model, trace.origin, workload.generated_tokens, [])
+            return self._outcome(offload, model, trace.origin, workload.generated_tokens, [], memory)
 
     def forced_workload(self, trace: Trace, sequences: Sequence[int], num_forwards: int | None = None) -> Workload:
         """What `replay` runs, as a simulator sees it. Raise InputError as `replay` does."""
@@ -143,7 +147,9 @@ class Session:
         workload = trace.workload(self.choice.execution.context, sequences)
         return workload.tiled(sizes.num_layers).first(num_forwards)
 
-    def _outcome(self, offload: Offload, model: str, origin: str, tokens: int, texts: list[str]) -> Outcome:
+    def _outcome(
+        self, offload: Offload, model: str, origin: str, tokens: int, texts: list[str], memory: DeviceMemory
+    ) -> Outcome:
         """What the run that has just ended came to; whatever still moves now is not part of it."""
         result = measured_result(
             offload,
@@ -156,6 +162,4 @@ class Session:
             seed=self.seed,
         )
         intervals = offload.times.timeline(offload.backend.spans or [])
-        return Outcome(
-            result=result, texts=texts, intervals=intervals, forward_s=[ns / 1e9 for ns in offload.times.forward_ns]
-        )
+        return Outcome(result=result, texts=texts, intervals=intervals, memory=memory)

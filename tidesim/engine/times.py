@@ -42,7 +42,6 @@ class Times:
     def __init__(self, num_layers: int, is_detailed: bool = False) -> None:
         self.parts_ns = {layer: dict.fromkeys(PARTS, 0) for layer in (*range(num_layers), None)}
         self.makespan_ns = 0
-        self.forward_ns: list[int] = []
         self._is_detailed = is_detailed
         self._forwards: list[_Forward] = []
         self._intervals: list[Interval] = []
@@ -62,7 +61,6 @@ class Times:
     def end(self, part: str, layer: int | None, stamp: Any, elapsed_ns: Callable[[Sequence[Any]], list[int]]) -> None:
         """The forward is done; its last interval was `part`. `elapsed_ns` makes durations of stamps."""
         self.passed(part, layer, stamp)
-        began_ns = self.makespan_ns
         for (name, where), duration_ns in zip(self._labels, elapsed_ns(self._stamps), strict=True):
             self.parts_ns[where][name] += duration_ns
             if self._is_detailed and name in ON_DEVICE and duration_ns:
@@ -72,7 +70,6 @@ class Times:
                     Interval("device", what, self.makespan_ns, end_ns, len(self._forwards) - 1, where)
                 )
             self.makespan_ns += duration_ns
-        self.forward_ns.append(self.makespan_ns - began_ns)
 
     @property
     def device_ns(self) -> int:

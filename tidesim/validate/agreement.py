@@ -17,19 +17,24 @@ class Row:
     ----------
     measured_tok_per_s : median of the repeats. spread : (largest - smallest) / median of them.
     error : predicted / measured - 1.
+    steady_tok_per_s, steady_spread, steady_error : the same with each measurement brought to the speed that the machine
+        had when it was calibrated, by what a yardstick said beside it; see `tidesim.engine.yardstick`.
     num_differences : decisions (one a forward and layer) in which engine and simulator disagree, over all repeats.
     measured_parts_s, predicted_parts_s : where the time goes; the measured ones of the repeat nearest to the median.
     """
 
     case: str
     policy: str
-    budget: int
-    refresh_interval: int | None
+    budget: int | tuple[int, ...]
+    refresh_interval: int | tuple[int, ...] | None
     predicted_tok_per_s: float
     measured_tok_per_s: float
     repeats_tok_per_s: tuple[float, ...]
     spread: float
     error: float
+    steady_tok_per_s: float
+    steady_spread: float
+    steady_error: float
     hit_rate: float
     promotions: int
     num_differences: int
@@ -49,23 +54,22 @@ class Validation:
     num_forwards: int
     seed: int
 
-    @property
-    def median_error(self) -> float:
-        """Median of the absolute errors."""
-        return float(np.median([abs(row.error) for row in self.rows]))
+    def agreement(self, is_steady: bool) -> dict[str, float]:
+        """Median and largest absolute error, rank correlation (Kendall's tau), and the median spread of repeats.
 
-    @property
-    def worst_error(self) -> float:
-        """Largest absolute error."""
-        return max(abs(row.error) for row in self.rows)
-
-    @property
-    def kendall_tau(self) -> float:
-        """Rank correlation of predicted and measured throughput: 1 if both order the cases alike."""
-        predicted, measured = zip(
-            *((row.predicted_tok_per_s, row.measured_tok_per_s) for row in self.rows), strict=True
-        )
-        return float(kendalltau(predicted, measured).statistic) if len(self.rows) > 1 else 1.0
+        `is_steady` takes the measurements as brought to one speed of the machine.
+        """
+        prefix = "steady_" if is_steady else ""
+        errors = [abs(getattr(row, f"{prefix}error")) for row in self.rows]
+        measured = [row.steady_tok_per_s if is_steady else row.measured_tok_per_s for row in self.rows]
+        predicted = [row.predicted_tok_per_s for row in self.rows]
+        spreads = [getattr(row, f"{prefix}spread") for row in self.rows]
+        return {
+            "median_error": float(np.median(errors)),
+            "worst_error": max(errors),
+            "kendall_tau": float(kendalltau(predicted, measured).statistic) if len(self.rows) > 1 else 1.0,
+            "median_spread": float(np.median(spreads)),
+        }
 
     @property
     def num_differences(self) -> int:
@@ -74,11 +78,11 @@ class Validation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything by name, ready for JSON."""
-        figures = ("median_error", "worst_error", "kendall_tau", "num_differences")
-        about = ("machine", "model", "trace_origin", "profile", "num_forwards", "seed")
+        about = ("machine", "model", "trace_origin", "profile", "num_forwards", "seed", "num_differences")
         return {
-            **{name: getattr(self, name) for name in figures + about},
-            "median_spread": float(np.median([row.spread for row in self.rows])),
+            **{name: getattr(self, name) for name in about},
+            **self.agreement(is_steady=False),
+            "steady": self.agreement(is_steady=True),
             "num_cases": len(self.rows),
             "rows": [asdict(row) for row in self.rows],
         }

@@ -3,33 +3,55 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+from tidesim.engine.choice import Choice, by_hand, planned
+from tidesim.engine.live import LiveModel
 from tidesim.errors import InputError
+from tidesim.execution import Execution
+from tidesim.planner import Plan
 from tidesim.planner.runs import REFRESHING
-from tidesim.policies import POLICIES, Policy, policy
+from tidesim.policies import POLICIES, policy
+from tidesim.result import one_or_each
 from tidesim.workload import Workload
 
 
 class Case(NamedTuple):
-    """One cell of the grid: a policy, its budget (slots in every layer), and its refresh interval if it has one."""
+    """One choice to measure: a policy, its budget and its refresh interval if it has one, or what a plan says.
+
+    `budget` and `refresh_interval` are one number for all layers or one for each.
+    """
 
     policy: str
-    budget: int
-    refresh_interval: int | None
+    budget: int | tuple[int, ...]
+    refresh_interval: int | tuple[int, ...] | None
+    plan: Plan | None = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> Self:
+        """What `plan` says."""
+        interval = None if plan.refresh_interval is None else one_or_each(plan.refresh_interval)
+        return cls(plan.policy, one_or_each(plan.budget), interval, plan)
 
     @property
     def label(self) -> str:
         """Short name for tables and pictures."""
+        if self.plan is not None:
+            return f"plan: {self.policy}"
         every = "" if self.refresh_interval is None else f" τ={self.refresh_interval}"
         return f"{self.policy}{every} B={self.budget}"
 
-    def make_policy(self, workload: Workload) -> Policy:
-        """A new policy object; the static one knows how popular experts are in the workload."""
+    def choice(self, live: LiveModel, execution: Execution, workload: Workload) -> Choice:
+        """The choice on a device; the static policy knows how popular experts are in the workload.
+
+        Raise InputError or PlanError for what the model or the engine cannot do.
+        """
+        if self.plan is not None:
+            return planned(self.plan, live)
+        params: dict[str, object] = {} if self.refresh_interval is None else {"refresh_interval": self.refresh_interval}
         if self.policy == "static":
-            return policy(self.policy, popularity=workload.counts.sum(axis=0))
-        interval = {} if self.refresh_interval is None else {"refresh_interval": self.refresh_interval}
-        return policy(self.policy, **interval)
+            params["popularity"] = workload.counts.sum(axis=0)
+        return by_hand(policy(self.policy, **params), self.budget, execution, live)
 
 
 def grid(policies: Sequence[str], budgets: Sequence[int], intervals: Sequence[int], num_experts: int) -> list[Case]:

@@ -1,7 +1,8 @@
 """The runs of a validation: every case measured several times, and simulated on the very routing that was run.
 
 Measurements go in rounds over all cases, in another order each round, so that a machine that drifts spreads over all of
-them alike. The engine's decisions are compared with the simulator's one by one.
+them alike. Where the device is made of cores, their speed is measured before and after each run, and the prediction is
+also made for that speed. The engine's decisions are compared with the simulator's one by one.
 """
 
 import json
@@ -12,11 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tidesim.engine.choice import Choice, by_hand
+from tidesim.engine.choice import Choice
 from tidesim.engine.generate import Sampler
 from tidesim.engine.live import LiveModel
 from tidesim.engine.session import Session
 from tidesim.engine.tokenizer import Prompt
+from tidesim.engine.yardstick import Speed, Yardstick
 from tidesim.errors import InputError
 from tidesim.execution import Execution
 from tidesim.hardware import Hardware
@@ -93,14 +95,15 @@ class Log:
     def __getitem__(self, pair: tuple[Case, int]) -> dict[str, Any]:
         return self._runs[pair[0].label, pair[1]]
 
-    def add(self, case: Case, repeat: int, result: RunResult, num_differences: int) -> None:
-        """Keep one measurement."""
+    def add(self, case: Case, repeat: int, result: RunResult, num_differences: int, speed: Speed | None) -> None:
+        """Keep one measurement, and how fast the machine was beside it."""
         record = {
             "case": case.label,
             "repeat": repeat,
             "tok_per_s": result.tok_per_s,
             "parts_s": result.breakdown_s,
             "num_differences": num_differences,
+            "speed": speed,
         }
         self._runs[case.label, repeat] = record
         self._write(record)
@@ -135,15 +138,17 @@ def validate(
     if not cases or repeats < 1:
         raise InputError(f"repeats(={repeats}) must be >= 1 and there must be a case to measure, not {len(cases)}.")
     workload = source.workload
-    choices = {case: by_hand(case.make_policy(workload), case.budget, execution, live) for case in cases}
-    simulated = {case: predict(live, workload, hardware, choices[case]) for case in cases}
+    choices = {case.label: case.choice(live, execution, workload) for case in cases}
+    if {choice.execution.context for choice in choices.values()} != {workload.context}:
+        raise InputError("the plan runs in the other context than the grid; give --execution as the plan has it.")
+    simulated = {label: predict(live, workload, hardware, choice) for label, choice in choices.items()}
     setting = {"machine": machine, "model": live.sizes.name, "routing": workload.fingerprint, "seed": seed}
     log = Log(
-        log_file, setting | {"num_forwards": workload.num_forwards, "execution": choices[cases[0]].execution.name}
+        log_file, setting | {"num_forwards": workload.num_forwards, "execution": choices[cases[0].label].execution.name}
     )
 
     def measure(case: Case, decisions: Callable[[Decision], None] | None = None) -> RunResult:
-        return source.run(Session(live, choices[case], machine=machine, seed=seed, decisions=decisions))
+        return source.run(Session(live, choices[case.label], machine=machine, seed=seed, decisions=decisions))
 
     rounds = [
         (cases[number], repeat)
@@ -151,18 +156,38 @@ def validate(
         for number in np.random.default_rng([seed, repeat]).permutation(len(cases))
     ]
     missing = [pair for pair in rounds if pair not in log]
+    yardstick = None if live.cores is None else Yardstick(live.sizes, live.cores, seed)
     if missing:
         measure(missing[0][0])  # the first run meets cold memory; it is thrown away
+    before = None if yardstick is None else yardstick.measure()
     for done, (case, repeat) in enumerate(missing, start=1 + len(rounds) - len(missing)):
         decisions: list[Decision] = []
         result = measure(case, decisions.append)
-        log.add(case, repeat, result, _num_differences(decisions, simulated[case][1]))
+        differences = _num_differences(decisions, simulated[case.label][1])
+        if yardstick is None or before is None:
+            speed = None
+        else:
+            after = yardstick.measure()
+            speed, before = Speed.between(before, after), after
+        log.add(case, repeat, result, differences, speed)
         if progress is not None:
             progress(done, len(rounds))
+
+    def at_speed(case: Case, run: dict[str, Any]) -> float:
+        """Throughput predicted for the speed that the machine had beside this run."""
+        if yardstick is None or run["speed"] is None:
+            return simulated[case.label][0].tok_per_s
+        profile = yardstick.adjusted(hardware, Speed(*run["speed"]))
+        return predict(live, workload, profile, choices[case.label])[0].tok_per_s
+
+    rows = []
+    for case in cases:
+        runs = [log[case, repeat] for repeat in range(repeats)]
+        rows.append(_row(case, simulated[case.label][0], runs, [at_speed(case, run) for run in runs]))
     return Validation(
-        rows=[_row(case, simulated[case][0], [log[case, repeat] for repeat in range(repeats)]) for case in cases],
+        rows=rows,
         machine=machine,
-        model=simulated[cases[0]][0].model,
+        model=simulated[cases[0].label][0].model,
         trace_origin=workload.origin,
         profile=hardware.name,
         num_forwards=workload.num_forwards,
@@ -193,18 +218,24 @@ def _num_differences(ours: Sequence[Decision], theirs: Sequence[Decision]) -> in
     return unequal + abs(len(ours) - len(theirs))
 
 
-def _row(case: Case, predicted: RunResult, runs: Sequence[dict[str, Any]]) -> Row:
+def _row(case: Case, predicted: RunResult, runs: Sequence[dict[str, Any]], at_speed: Sequence[float]) -> Row:
     rates = [run["tok_per_s"] for run in runs]
-    middle = median(rates)
-    typical = min(runs, key=lambda run: abs(run["tok_per_s"] - middle))
+    # What each run would have come to at the speed that the profile was calibrated at.
+    steady = [rate * predicted.tok_per_s / now for rate, now in zip(rates, at_speed, strict=True)]
+    typical = min(runs, key=lambda run: abs(run["tok_per_s"] - median(rates)))
     return Row(
         case=case.label,
-        **case._asdict(),
+        policy=case.policy,
+        budget=case.budget,
+        refresh_interval=case.refresh_interval,
         predicted_tok_per_s=predicted.tok_per_s,
-        measured_tok_per_s=middle,
+        measured_tok_per_s=median(rates),
         repeats_tok_per_s=tuple(rates),
-        spread=(max(rates) - min(rates)) / middle,
-        error=predicted.tok_per_s / middle - 1,
+        spread=(max(rates) - min(rates)) / median(rates),
+        error=predicted.tok_per_s / median(rates) - 1,
+        steady_tok_per_s=median(steady),
+        steady_spread=(max(steady) - min(steady)) / median(steady),
+        steady_error=predicted.tok_per_s / median(steady) - 1,
         hit_rate=predicted.hit_rate,
         promotions=predicted.promotions,
         num_differences=sum(run["num_differences"] for run in runs),
