@@ -132,6 +132,7 @@ def test_a_grid_is_measured_simulated_and_decided_alike(trace: Trace, tmp_path: 
             assert one.error == pytest.approx(one.predicted_tok_per_s / one.measured_tok_per_s - 1)
         log = (tmp_path / "log.jsonl").read_text()
         assert len(log.splitlines()) == 1 + 2 * len(cases)
+        assert all(min(json.loads(line)["speed"]) > 1e6 for line in log.splitlines()[1:])
         # What is there is not measured again; one more repeat adds one measurement a case.
         again = run(live, trace, tmp_path / "log.jsonl", cases)
         assert again == found

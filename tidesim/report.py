@@ -57,11 +57,10 @@ def save_validation(document: Mapping[str, Any], path: Path) -> None:
     _draw_scatter(scatter, rows)
     _draw_parts(bars, rows, document["num_forwards"])
     figure.suptitle(
-        f"{document['model']} on {document['machine']} ({document['trace_origin']} routing): median error "
+        f"{document['model']} ({document['trace_origin']} routing)\non {document['machine']}: median error "
         f"{100 * document['median_error']:.1f} %, worst {100 * document['worst_error']:.1f} %, "
         f"Kendall's tau {document['kendall_tau']:.2f}",
         fontsize=10,
-        wrap=True,
     )
     try:
         figure.savefig(path, dpi=120)

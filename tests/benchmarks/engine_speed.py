@@ -4,10 +4,10 @@
 
 The plain side has no KV cache, so it computes the whole prefix in every forward, and runs the experts one by one with
 PyTorch's own products. Both sides compute in float32 in one process, in turn, on all cores; the first pair is thrown
-away. `llada2-tiny` generates text from its real weights, which must be the same on both sides. Any other shape runs
-the first sequence of the shipped synthetic trace with random weights and forced routing. Prints one JSON line;
-`speedup` is the median of the paired ratios of tok/s. Bars: 10 for llada2-tiny, 3 for true-shape layers. `peak_gb`
-is the largest resident size of a process that runs one side alone.
+away. `llada2-tiny` generates up to 256 tokens, as the published evaluation does, from its real weights, and the text
+must be the same on both sides. Any other shape runs the first sequence of the shipped synthetic trace with random
+weights and forced routing. Prints one JSON line; `speedup` is the median of the paired ratios of tok/s, `peak_gb` the
+largest resident size of a process that runs one side alone. Bars: 10 for llada2-tiny, 3 for true-shape layers.
 """
 
 import argparse
@@ -108,8 +108,8 @@ def tiny_sides(name: str, which: str) -> dict[str, Callable[[], tuple[float, obj
     """Both sides generate from the same prompts: tok/s and the text."""
     folder = find_shipped("models", name)
     codec = TextCodec(folder)
-    prompts = [codec.encode(prompt) for prompt in read_prompts(None, 3, is_chat=False)]
-    sampler = Sampler(gen_length=96)
+    prompts = [codec.encode(prompt) for prompt in read_prompts(None, 1, is_chat=False)]
+    sampler = Sampler(gen_length=256)
 
     def run(network: LLaDA2, kv_cache: bool, watcher: Any) -> tuple[float, object]:
         settings = Sampler(gen_length=sampler.gen_length, kv_cache=kv_cache)

@@ -181,6 +181,8 @@ def run(
                 overwrite=overwrite,
                 on_text=None if as_json else console.TextStream(),
             )
+            if not as_json:
+                print("\n")
     if timeline is not None:
         save_timeline(outcome.intervals, outcome.result, timeline)
     console.show(outcome.to_dict(), console.result_tables, as_json)

@@ -252,7 +252,13 @@ def _on_cores(
         return EmulatedBackend(network.config, weights, device_cores, host_cores, settings.pace, is_detailed)
 
     return LiveModel(
-        network, sizes, settings.kind, weights.expert_bytes, make_backend, (device_cores, host_cores, one_thread)
+        network,
+        sizes,
+        settings.kind,
+        weights.expert_bytes,
+        make_backend,
+        (device_cores, host_cores, one_thread),
+        cores=device_cores,
     )
 
 
