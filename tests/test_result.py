@@ -48,7 +48,7 @@ def test_json_holds_every_setting_and_metric():
         *("tok_per_s", "makespan_s", "num_forwards", "generated_tokens", "hit_rate", "hits", "misses", "promotions"),
         *("evictions", "num_copies", "h2d_bytes", "d2h_bytes", "breakdown_s", "breakdown_by_layer_s", "busy_share"),
         *("policy", "budget", "refresh_interval", "execution", "context", "hardware", "model", "trace_origin", "seed"),
-        "version",
+        *("is_measured", "version"),
     }
     assert content["budget"] == 4
     assert list(content["breakdown_s"]) == list(PARTS)
