@@ -21,8 +21,8 @@ from tidesim.simulator import simulate
 from tidesim.trace import Trace
 
 TINY = shipped_folder("models") / "llada2-tiny"
-PROMPTS = read_prompts(None, 2, is_chat=False)
-SAMPLER = Sampler(gen_length=40, steps=16)
+PROMPTS = read_prompts(None, 1, is_chat=False)
+SAMPLER = Sampler(gen_length=40, steps=12)
 OVERLAPPED = EXECUTIONS["overlapped"]
 UNCACHED = Execution(
     **{name: getattr(OVERLAPPED, name) for name in OVERLAPPED.__dataclass_fields__} | {"kv_cache": False}
