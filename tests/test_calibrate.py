@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from accelerator_stand_in import StandIn
 
-from tidesim.engine.accelerator import DeviceCalls
 from tidesim.engine.calibrate import (
     Measured,
     Settings,
@@ -361,41 +360,6 @@ def test_a_scratch_file_that_cannot_be_written_is_a_profile_error(tmp_path: Path
 
 
 # --- the accelerator, with the CPU in its place ---
-
-
-class Event:
-    """Happens at once, as everything does on a device that computes when it is asked to."""
-
-    def __init__(self) -> None:
-        self.at_ns = time.perf_counter_ns()
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-
-class StandIn(DeviceCalls):
-    """The CPU in place of an accelerator: everything but the calls to the device is the real thing."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-
-    def new_stream(self) -> Any:
-        return nullcontext()
-
-    def current_stream(self) -> Any:
-        return nullcontext()
-
-    def record(self, stream: Any) -> Event:
-        return Event()
-
-    def elapsed_ms(self, start: Event, end: Event) -> float:
-        return (end.at_ns - start.at_ns) / 1e6
-
-    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    def memory_bytes(self) -> int:
-        return 3 * 2**30
 
 
 def test_device_links_are_fitted(rng: np.random.Generator) -> None:

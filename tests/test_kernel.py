@@ -33,7 +33,7 @@ def choices(num_tokens: int, seed: int = 0) -> torch.Tensor:
 
 
 def run(x: torch.Tensor, ids: torch.Tensor, at: ExpertWeights, dtype: torch.dtype, threads: int = 1) -> np.ndarray:
-    pairs = sorted_pairs(ids, E)
+    pairs = sorted_pairs(ids.numpy(), E)
     out = np.full((ids.numel(), D), np.nan, np.float32)
     experts = np.flatnonzero(pairs.counts)
     with Cores(threads) as cores:
@@ -79,7 +79,7 @@ def test_widening_bfloat16_is_exact() -> None:
 @given(st.integers(0, 40), st.integers(0, 99))
 def test_sorting_keeps_every_pair_once(num_tokens: int, seed: int) -> None:
     ids = choices(num_tokens, seed) if num_tokens else torch.empty(0, K, dtype=torch.int64)
-    pairs = sorted_pairs(ids, E)
+    pairs = sorted_pairs(ids.numpy(), E)
     np.testing.assert_array_equal(pairs.counts, np.bincount(ids.numpy().ravel(), minlength=E))
     np.testing.assert_array_equal(pairs.first, np.append(0, np.cumsum(pairs.counts)))
     np.testing.assert_array_equal(np.sort(pairs.places.ravel()), np.arange(ids.numel()))

@@ -1,8 +1,6 @@
 """The live engine: the same text wherever experts live, and the very decisions that the simulator makes."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from accelerator_stand_in import StandIn
 from engine_cases import SMALL, small_network
 
 from tidesim.engine import live as live_module
-from tidesim.engine.accelerator import DeviceCalls, grouped_product
+from tidesim.engine.accelerator import grouped_product
 from tidesim.engine.checkpoint import Checkpoint, expert_weights, save_network
 from tidesim.engine.emulated import Pace
 from tidesim.engine.generate import Generation, Sampler, generate
@@ -52,47 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "small"
     save_network(small_network(seed=7), HF_CONFIG, folder, torch.bfloat16)
     return folder
-
-
-class Event:
-    """Happens at once, as everything does on a device that computes when it is asked to."""
-
-    def __init__(self) -> None:
-        self.at_ns = time.perf_counter_ns()
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        assert self.query()
-
-
-class StandIn(DeviceCalls):
-    """The CPU in place of an accelerator: everything but the calls to the device is the real thing."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-
-    def new_stream(self) -> Any:
-        return nullcontext()
-
-    def current_stream(self) -> Any:
-        return nullcontext()
-
-    def record(self, stream: Any) -> Event:
-        return Event()
-
-    def wait(self, stream: Any, event: Event) -> None:
-        event.synchronize()
-
-    def elapsed_ms(self, start: Event, end: Event) -> float:
-        return (end.at_ns - start.at_ns) / 1e6
-
-    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    def memory_bytes(self) -> int:
-        return 2**30
 
 
 @pytest.fixture(

@@ -18,7 +18,6 @@ import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
-from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -253,6 +252,6 @@ def stored_like(dtype: torch.dtype) -> npt.NDArray[Any]:
     return np.empty(0, STORED[dtype])
 
 
-def sorted_pairs(expert_ids: Tensor, num_experts: int) -> Pairs:
-    """The pairs of choices [T, K] on the CPU, sorted by expert."""
-    return Pairs(*sort_pairs(expert_ids.numpy(), num_experts))
+def sorted_pairs(choices: Ints, num_experts: int) -> Pairs:
+    """The pairs of choices [T, K] out of so many experts, sorted by expert."""
+    return Pairs(*sort_pairs(choices, num_experts))

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from tidesim.engine.kernel import Pairs, sort_pairs
+from tidesim.engine.kernel import Pairs, sorted_pairs
 from tidesim.engine.model import LLaDA2, Routing
 from tidesim.engine.times import Span, Times
 from tidesim.errors import InputError
@@ -275,7 +275,7 @@ class Offload:
         num_slots = self.budgets[layer]
         slots = self.slots[layer]
         keys = np.where(slots == ABSENT, num_slots + np.arange(self.num_experts), slots)
-        pairs = Pairs(*sort_pairs(keys[ids], num_slots + self.num_experts))
+        pairs = sorted_pairs(keys[ids], num_slots + self.num_experts)
         return Batch(x, pairs, num_slots, int(pairs.first[num_slots]))
 
     def _run(self, layer: int, batch: Batch, counts: npt.NDArray[np.int32]) -> None:
@@ -283,7 +283,7 @@ class Offload:
         backend, has_misses = self.backend, batch.num_misses > 0
         started = backend.start_missed(layer, batch) if has_misses and self.is_parallel else None
         self._passed("launch", layer)
-        self._wait_for_needed(layer, counts)
+        self._wait(layer, self._needed(layer, counts))
         backend.run_residents(layer, batch)
         self._passed("device", layer)
         if has_misses:
@@ -370,9 +370,6 @@ class Offload:
         for expert in [expert for expert, arrival in in_flight.items() if self.backend.has_arrived(arrival)]:
             del in_flight[expert]
         return [arrival for expert, arrival in in_flight.items() if counts[expert]]
-
-    def _wait_for_needed(self, layer: int, counts: npt.NDArray[np.int32]) -> None:
-        self._wait(layer, self._needed(layer, counts))
 
     def _wait(self, layer: int, arrivals: Sequence[Any]) -> None:
         for arrival in arrivals:

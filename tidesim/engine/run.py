@@ -13,7 +13,7 @@ from tidesim.engine.generate import Generation, Sampler, generate
 from tidesim.engine.live import LiveModel
 from tidesim.engine.model import KVCache, block_causal_mask
 from tidesim.engine.offload import Offload
-from tidesim.errors import BudgetError
+from tidesim.errors import BudgetError, TraceError
 from tidesim.execution import Execution
 from tidesim.result import RunResult, one_or_each
 from tidesim.trace import Trace
@@ -120,10 +120,10 @@ class ForcedForward(NamedTuple):
 def forced_forwards(trace: Trace, context: Context, sequence: int, num_layers: int) -> Iterator[ForcedForward]:
     """The forwards of one sequence, those that `Trace.workload(context)` counts, with the routing of their rows.
 
-    Raise ValueError if the trace was recorded without a KV cache: its rows would have to be cut first.
+    Raise TraceError if the trace was recorded without a KV cache: its rows would have to be cut first.
     """
     if not trace.kv_cache:
-        raise ValueError(f"{trace.path}: was recorded without a KV cache; routing is forced from recordings with one.")
+        raise TraceError(f"{trace.path}: was recorded without a KV cache; routing is forced from recordings with one.")
     layers = np.arange(num_layers) % trace.num_layers
     first_block = int(trace.sequences["prompt_tokens"][sequence]) // trace.block_length
     prefix: list[npt.NDArray[np.int64]] = []

@@ -18,7 +18,7 @@ from tidesim.engine.calibrate.measured import Measured, sample, seconds, seconds
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_backend import sleep_precisely, sleep_until
 from tidesim.engine.host_weights import HostWeights, addresses
-from tidesim.engine.kernel import Pairs, sort_pairs, stored_like
+from tidesim.engine.kernel import sorted_pairs, stored_like
 from tidesim.engine.model import NetworkConfig
 from tidesim.moe import MoEConfig
 
@@ -86,7 +86,7 @@ class ColdExperts:
     def work(self, cores: Cores, rows: int) -> Callable[[], None]:
         """What runs the next set of experts, each on so many rows, in one call of `cores`."""
         x = self._x[:rows]
-        pairs = Pairs(*sort_pairs(np.tile(self._ids, (rows, 1)), self.per_call))
+        pairs = sorted_pairs(np.tile(self._ids, (rows, 1)), self.per_call)
         out = np.empty((rows * self.per_call, x.shape[1]), np.float32)
         firsts = cycle(range(0, self.num_experts, self.per_call))
 
@@ -124,7 +124,7 @@ def experts_call(model: MoEConfig, cores: Cores, repeats: int = 15, limit_s: flo
     config = replace(network_config(model), hidden_size=D, moe_intermediate_size=width)
     pieces = torch.zeros(N, 3 * D * width, dtype=torch.bfloat16)
     at, like, ids = addresses(pieces, config), stored_like(torch.bfloat16), np.arange(N, dtype=np.int64)
-    pairs = Pairs(*sort_pairs(ids[None], N))
+    pairs = sorted_pairs(ids[None], N)
     x, out = np.zeros((1, D), np.float32), np.empty((N, D), np.float32)
 
     def call() -> None:

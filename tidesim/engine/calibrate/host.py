@@ -57,8 +57,7 @@ def _group_limits(root: Path) -> Iterator[int]:
 def worker_call(repeats: int = 15, limit_s: float = 1.0) -> Measured:
     """Seconds to hand work to a waiting thread and to be told that it is done."""
     with ThreadPoolExecutor(1) as worker:
-        call = lambda: seconds_per_call(lambda: worker.submit(int).result(), 200)  # noqa: E731
-        samples = sample({"call": call}, repeats, limit_s)
+        samples = sample({"call": lambda: seconds_per_call(lambda: worker.submit(int).result(), 200)}, repeats, limit_s)
     return Measured.of(samples["call"], "work handed to a waiting thread and back, 200 times in a row")
 
 
