@@ -1,11 +1,8 @@
-"""Threads that share the work of the compiled kernels.
+"""Threads that share the work of compiled functions."""
 
-Every output of a linear map and every expert is computed whole by one thread, so the results do not depend on how many
-threads there are.
-"""
-
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,23 +11,29 @@ import numpy.typing as npt
 
 from tidesim.engine import kernel
 from tidesim.engine.kernel import ExpertWeights, Pairs
+from tidesim.engine.tiles import no_progress
 
-_TILE = 64  # outputs of a linear map are dealt to threads in multiples of so many
-# Multiply-adds below which a part is not worth handing to another thread: waking one takes as long as some 4 million.
-_LEAST_PART = 1 << 22
+# Multiply-adds below which a share is not worth another thread: waking one takes as long as about so many.
+_LEAST_SHARE = 1 << 20
+
+Call = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 class Cores:
-    """A number of threads for the compiled kernels; the calling thread is one of them.
+    """A number of threads for compiled functions; the calling thread is one of them.
 
-    Use it in a `with` statement, or call `close`. Raise ValueError if `num_threads` < 1.
+    Results do not depend on how many there are, see `tidesim.engine.tiles`. One call at a time; use it in a `with`
+    statement, or call `close`. Raise ValueError if `num_threads` < 1.
     """
 
     def __init__(self, num_threads: int) -> None:
         if num_threads < 1:
             raise ValueError(f"num_threads(={num_threads}) must be >= 1.")
         self.num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
+        self._calls: list[SimpleQueue[Call | None]] = [SimpleQueue() for _ in range(num_threads - 1)]
+        self._helpers = [threading.Thread(target=_help, args=(calls,), daemon=True) for calls in self._calls]
+        for helper in self._helpers:
+            helper.start()
 
     def __enter__(self) -> Self:
         return self
@@ -40,8 +43,23 @@ class Cores:
 
     def close(self) -> None:
         """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        for calls in self._calls:
+            calls.put(None)
+        for helper in self._helpers:
+            helper.join()
+
+    def run(self, function: Callable[..., None], num_products: int, *arguments: Any) -> None:
+        """Call compiled `function(progress, *arguments)` on as many threads as `num_products` multiply-adds are worth.
+
+        A helper that comes late does less, and one that comes too late finds nothing left to do.
+        """
+        progress = no_progress()
+        num_helpers = min(len(self._calls), num_products // _LEAST_SHARE - 1)
+        if num_helpers > 0:
+            call = (function, (progress, *arguments))
+            for calls in self._calls[:num_helpers]:
+                calls.put(call)
+        function(progress, *arguments)
 
     def run_experts(
         self,
@@ -54,46 +72,18 @@ class Cores:
         out: npt.NDArray[np.float32],
     ) -> None:
         """Run `experts` on their pairs; see `kernel.run_experts`. `weights` has the addresses of these, in order."""
-        begin, end = pairs.first[experts], pairs.first[experts + 1]
-
-        def run(part: npt.NDArray[np.int64]) -> None:
-            gate, up, down = weights.of(part)
-            kernel.run_experts(x, pairs.tokens, begin[part], end[part], gate, up, down, like, width, out)
-
+        tiles = (pairs.counts[experts] + kernel.ROW_TILE - 1) // kernel.ROW_TILE
+        # The busiest first, so that no thread is left with a busy one at the end.
+        order = np.argsort(-tiles, kind="stable")
+        begin, end = pairs.first[experts[order]], pairs.first[experts[order] + 1]
         # A tile of rows is computed whole even if it is not full.
-        tiles = (end - begin + kernel.ROW_TILE - 1) // kernel.ROW_TILE
-        num_parts = self._num_parts(int(tiles.sum()) * kernel.ROW_TILE * 3 * width * x.shape[1])
-        # Dealt from the busiest down, so that no thread is left with several busy ones.
-        busiest_first = np.argsort(-tiles, kind="stable")
-        self._share(run, [busiest_first[start::num_parts] for start in range(num_parts)])
+        num_products = int(tiles.sum()) * kernel.ROW_TILE * 3 * width * x.shape[1]
+        where = (*weights.of(order), like, width)
+        self.run(kernel.run_experts, num_products, x, pairs.tokens, begin, end, *where, out)
 
-    def multiply(
-        self, weights_at: int, like: npt.NDArray[Any], rows: npt.NDArray[np.float32], out: npt.NDArray[np.float32]
-    ) -> None:
-        """out[t, :] = weights . rows[t, :], see `kernel.multiply_rows`."""
-        num_outputs = out.shape[1]
-        num_parts = self._num_parts(rows.size * num_outputs)
-        if num_parts == 1:
-            kernel.multiply_rows(weights_at, like, rows, 0, num_outputs, out)
-            return
-        step = -(-num_outputs // (num_parts * _TILE)) * _TILE
 
-        def run(first: int) -> None:
-            kernel.multiply_rows(weights_at, like, rows, first, min(first + step, num_outputs), out)
-
-        self._share(run, range(0, num_outputs, step))
-
-    def _num_parts(self, num_products: int) -> int:
-        """In how many parts so many multiply-adds are worth sharing."""
-        return max(1, min(self.num_threads, num_products // _LEAST_PART))
-
-    def _share(self, run: Callable[[Any], None], parts: Sequence[Any]) -> None:
-        """Call `run` with each part: the first on this thread, the others on those of the pool."""
-        if self._pool is None or len(parts) == 1:
-            for part in parts:
-                run(part)
-            return
-        waiting: list[Future[None]] = [self._pool.submit(run, part) for part in parts[1:]]
-        run(parts[0])
-        for future in waiting:
-            future.result()
+def _help(calls: "SimpleQueue[Call | None]") -> None:
+    """Call what comes, until told to end."""
+    while (call := calls.get()) is not None:
+        function, arguments = call
+        function(*arguments)

@@ -1,161 +1,132 @@
-"""The network's parts on CPU cores: modules that call compiled code where PyTorch would launch many small operations.
+"""The network on CPU cores: modules that call compiled code where PyTorch would launch many small operations.
 
 The weights stay in the dtype they are stored in, activations are float32, and there is one sequence at a time. What is
-computed is what `tidesim.engine.model` says; sums are in another order.
+computed is what `tidesim.engine.model` says; sums are in another order, which is the same in every forward.
 """
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from numba import njit
 from torch import Tensor, nn
-from torch.nn import functional
 
-from tidesim.engine import kernel
+from tidesim.engine import kernel, layer_kernel
 from tidesim.engine.cores import Cores
-from tidesim.engine.model import MLP, Attention, KVCache, Likeliest, LLaDA2, RMSNorm, Router, Routing
-
-Floats = npt.NDArray[np.float32]
-
-
-@njit(nogil=True, cache=True, fastmath=kernel.FASTMATH)
-def norm_rows(x: Floats, weight: Floats, eps: float, out: Floats) -> None:
-    """out[t] = x[t] / root mean square of x[t] * weight. x and out [T, D]."""
-    T, D = x.shape
-    for t in range(T):
-        total = np.float32(0)
-        for i in range(D):
-            total += x[t, i] * x[t, i]
-        scale = np.float32(1) / math.sqrt(total / np.float32(D) + np.float32(eps))
-        for i in range(D):
-            out[t, i] = x[t, i] * scale * weight[i]
+from tidesim.engine.layer_kernel import AttentionWeights, Context, Floats, GatedWeights, Rotation, RouterWeights, Space
+from tidesim.engine.model import KVCache, Layer, Likeliest, LLaDA2, MoE, NetworkConfig, RMSNorm, Routing
 
 
-@njit(nogil=True, cache=True, fastmath=kernel.FASTMATH)
-def split_heads(
-    heads: Floats,
-    query_weight: Floats,
-    key_weight: Floats,
-    cos: Floats,
-    sin: Floats,
-    eps: float,
-    query: Floats,
-    key: Floats,
-    value: Floats,
-) -> None:
-    """Norm and rotate query and key heads, and lay all heads out for attention.
+class Workspace:
+    """Room for what the layers of a network compute, one after another; it grows with the longest forward."""
 
-    Parameters
-    ----------
-    heads : [T, H + 2 G, C], query heads, then key heads, then value heads.
-    cos, sin : [T, R], R leading dimensions of a head rotate, halves paired.
-    query : [H, T, C], key, value : [G, T, C]; filled.
-    """
-    T, _, C = heads.shape
-    H, G, R = len(query), len(key), cos.shape[1]
-    half = R // 2
-    for t in range(T):
-        for head in range(H + G):
-            source = heads[t, head]
-            weight = query_weight if head < H else key_weight
-            target = query[head, t] if head < H else key[head - H, t]
-            total = np.float32(0)
-            for i in range(C):
-                total += source[i] * source[i]
-            scale = np.float32(1) / math.sqrt(total / np.float32(C) + np.float32(eps))
-            for i in range(C):
-                target[i] = source[i] * scale * weight[i]
-            for i in range(half):
-                first, second = target[i], target[i + half]
-                target[i] = first * cos[t, i] - second * sin[t, i]
-                target[i + half] = second * cos[t, i + half] + first * sin[t, i + half]
-        for head in range(G):
-            value[head, t] = heads[t, H + G + head]
+    def __init__(self, config: NetworkConfig) -> None:
+        self._config = config
+        self._num_rows = 0
+        self._keys_and_values: tuple[Floats, Floats] | None = None
+        self.space = self._of(0)
 
+    def make_room(self, num_rows: int) -> Space:
+        """Room for so many tokens."""
+        if num_rows > self._num_rows:
+            self._num_rows = kernel.padded(num_rows)
+            self.space = self._of(self._num_rows)
+            self._keys_and_values = None
+        return self.space
 
-@njit(nogil=True, cache=True)
-def choose_experts(
-    logits: Floats,
-    bias: Floats,
-    num_groups: int,
-    top_groups: int,
-    scale: float,
-    ids: npt.NDArray[np.int64],
-    weights: Floats,
-) -> None:
-    """The router's choice from its logits [T, E]: ids [T, K] in descending score, and their weights. Ties: lower id.
+    def keys_and_values(self) -> tuple[Floats, Floats]:
+        """Room for keys and values of a forward that keeps none, each [G, tokens, C]."""
+        if self._keys_and_values is None:
+            shape = (self._config.num_key_value_heads, self._num_rows, self._config.head_dim)
+            self._keys_and_values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        return self._keys_and_values
 
-    See `tidesim.engine.model.Router`. The bias takes part in the choice, never in the weights.
-    """
-    T, E = logits.shape
-    K, size = ids.shape[1], E // num_groups
-    scores, choice = np.empty(E, np.float32), np.empty(E, np.float32)
-    groups, kept = np.empty(num_groups, np.float32), np.empty(top_groups, np.int64)
-    for t in range(T):
-        for e in range(E):
-            scores[e] = np.float32(1) / (np.float32(1) + kernel.exp(-logits[t, e]))
-            choice[e] = scores[e] + bias[e]
-        for group in range(num_groups):
-            best = second = np.float32(-np.inf)
-            for e in range(group * size, (group + 1) * size):
-                if choice[e] > best:
-                    best, second = choice[e], best
-                elif choice[e] > second:
-                    second = choice[e]
-            groups[group] = best + second
-        for number in range(top_groups):
-            kept[number] = np.argmax(groups)
-            groups[kept[number]] = -np.inf
-        kept.sort()
-        total = np.float32(0)
-        for k in range(K):
-            top = kept[0] * size
-            for start in kept * size:
-                candidate = start + np.argmax(choice[start : start + size])
-                if choice[candidate] > choice[top]:
-                    top = candidate
-            ids[t, k], weights[t, k] = top, scores[top]
-            total += scores[top]
-            choice[top] = -np.inf
-        for k in range(K):
-            share = weights[t, k] / (total + np.float32(1e-20)) if K > 1 else weights[t, k]
-            weights[t, k] = share * np.float32(scale)
+    def _of(self, num_rows: int) -> Space:
+        config = self._config
+        heads = config.num_attention_heads * config.head_dim
+        shared = config.moe_intermediate_size * config.num_shared_experts
+        gated = max(config.intermediate_size if config.first_k_dense_replace else 0, shared)
+
+        def room(width: int) -> Floats:
+            return np.zeros((num_rows, width), np.float32)
+
+        return Space(
+            normed=room(config.hidden_size),
+            added=room(config.hidden_size),
+            heads=room(heads + 2 * config.num_key_value_heads * config.head_dim),
+            mixed=room(heads),
+            logits=room(config.num_experts),
+            gates=room(gated),
+            ups=room(gated),
+        )
 
 
-@njit(nogil=True, cache=True, fastmath=kernel.FASTMATH)
-def gate(gates: Floats, ups: Floats) -> None:
-    """gates = silu(gates) * ups, in place. [T, width]."""
-    T, width = gates.shape
-    for t in range(T):
-        for i in range(width):
-            gates[t, i] = gates[t, i] / (np.float32(1) + kernel.exp(-gates[t, i])) * ups[t, i]
-
-
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
-def take_likeliest(logits: Floats, tokens: npt.NDArray[np.int64], confidences: Floats) -> None:
-    """The likeliest token of each row of logits [T, V], the first of equals, and its probability."""
-    T, V = logits.shape
-    for t in range(T):
-        best = logits[t, 0]
-        for i in range(V):
-            best = max(best, logits[t, i])
-        total = np.float32(0)
-        for i in range(V):
-            total += kernel.exp(logits[t, i] - best)
-        for i in range(V):
-            if logits[t, i] == best:
-                tokens[t] = i
-                break
-        confidences[t] = np.float32(1) / total
-
-
-def _float(tensor: Tensor) -> Floats:
+def _wide(tensor: Tensor) -> Floats:
     """A small weight, widened once."""
     weight: Floats = tensor.detach().float().contiguous().numpy()
     return weight
+
+
+class CpuLayer(Layer):
+    """A layer, computed in a call before its routed experts and one behind them. What it adds, it adds to x in place.
+
+    A mask is taken to let every token see some number of the leading ones, as a block-causal one does.
+    """
+
+    def __init__(self, layer: Layer, config: NetworkConfig, cores: Cores, workspace: Workspace) -> None:
+        nn.Module.__init__(self)
+        for name, part in layer.named_children():
+            setattr(self, name, part)
+        self._config, self._cores, self._workspace = config, cores, workspace
+        attention, mlp = layer.attention, layer.mlp
+        self._attention = AttentionWeights(
+            _wide(layer.input_layernorm.weight),
+            kernel.stored(attention.query_key_value.weight),
+            _wide(attention.query_layernorm.weight),
+            _wide(attention.key_layernorm.weight),
+            kernel.stored(attention.dense.weight),
+        )
+        self._norm = _wide(layer.post_attention_layernorm.weight)
+        gated = mlp.shared_experts if isinstance(mlp, MoE) else mlp
+        maps = (gated.gate_proj, gated.up_proj, gated.down_proj)
+        self._gated = GatedWeights(*(kernel.stored(each.weight) for each in maps))
+        # Multiply-adds for one token in the call before the routed experts and in the one behind them.
+        self._num_before = self._attention.query_key_value.size + self._attention.out.size
+        self._num_behind = sum(weight.size for weight in self._gated)
+        if isinstance(mlp, MoE):
+            self._router = RouterWeights(kernel.stored(mlp.gate.weight), _wide(mlp.gate.expert_bias))
+            self._num_before += self._router.map.size
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> tuple[Tensor, Routing | None]:
+        """See `Layer`; x [1, T, D] is changed."""
+        config, cores = self._config, self._cores
+        rows: Floats = x[0].numpy()
+        T, eps = len(rows), config.rms_norm_eps
+        space = self._workspace.make_room(T)
+        rotation, context = Rotation(*(table.numpy() for table in rotary)), self._context(T, mask, cache, layer)
+        before = (rows, self._attention, self._norm, eps, rotation, context, space)
+        if not isinstance(self.mlp, MoE):
+            num_products = T * (self._num_before + self._num_behind)
+            cores.run(layer_kernel.run_dense_layer, num_products, *before, self._gated)
+            return x, None
+        ids = np.empty((T, config.num_experts_per_tok), np.int64)
+        weights = np.empty((T, config.num_experts_per_tok), np.float32)
+        choice = (self._router, config.n_group, config.topk_group, config.routed_scaling_factor, ids, weights)
+        cores.run(layer_kernel.attend_and_route, T * self._num_before, *before, *choice)
+        routing = Routing(torch.from_numpy(ids), torch.from_numpy(weights))
+        routed: Floats = self.mlp.experts(torch.from_numpy(space.normed[:T]), routing).numpy()
+        cores.run(layer_kernel.add_experts, T * self._num_behind, rows, routed, self._gated, space)
+        return x, routing
+
+    def _context(self, num_rows: int, mask: Tensor | None, cache: KVCache | None, layer: int) -> Context:
+        if cache is None:
+            start, (keys, values) = 0, self._workspace.keys_and_values()
+        else:
+            start, keys, values = cache.length, cache.keys[layer][0].numpy(), cache.values[layer][0].numpy()
+        visible = np.full(num_rows, start + num_rows) if mask is None else mask.sum(1).numpy()
+        return Context(keys, values, start, visible)
 
 
 class CpuLinear(nn.Module):
@@ -163,27 +134,25 @@ class CpuLinear(nn.Module):
 
     def __init__(self, weight: Tensor, cores: Cores) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        self._cores, self._like = cores, kernel.stored_like(weight.dtype)
-        self._at, self._num_outputs = self.weight.data_ptr(), len(self.weight)
-
-    def rows(self, rows: Floats) -> Floats:
-        """The same on rows [T, in] -> [T, out]."""
-        out = np.empty((len(rows), self._num_outputs), np.float32)
-        self._cores.multiply(self._at, self._like, rows, out)
-        return out
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._cores, self._stored = cores, kernel.stored(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.rows(x.reshape(-1, x.shape[-1]).numpy())
+        rows: Floats = x.reshape(-1, x.shape[-1]).contiguous().numpy()
+        T, missing = len(rows), kernel.padded(len(rows)) - len(rows)
+        if missing:
+            rows = np.pad(rows, ((0, missing), (0, 0)))
+        out = np.empty((T, len(self._stored)), np.float32)
+        self._cores.run(layer_kernel.multiply_rows, T * self._stored.size, self._stored, rows, out)
         return torch.from_numpy(out).view(*x.shape[:-1], -1)
 
 
 class CpuEmbedding(nn.Module):
     """Rows of a table; ids [...] -> [..., D] float32."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = embedding.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.weight[ids].float()
@@ -192,116 +161,43 @@ class CpuEmbedding(nn.Module):
 class CpuNorm(nn.Module):
     """RMSNorm over the last dimension."""
 
-    def __init__(self, norm: RMSNorm) -> None:
+    def __init__(self, norm: RMSNorm, cores: Cores) -> None:
         super().__init__()
         self.weight = nn.Parameter(norm.weight.detach().float(), requires_grad=False)
-        self._weight, self._eps = self.weight.numpy(), norm.eps
+        self._weight, self._eps, self._cores = self.weight.numpy(), norm.eps, cores
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.empty_like(x)
-        width = x.shape[-1]
-        norm_rows(x.reshape(-1, width).numpy(), self._weight, self._eps, out.view(-1, width).numpy())
+        rows, normed = (each.view(-1, x.shape[-1]).numpy() for each in (x, out))
+        self._cores.run(layer_kernel.normalize, rows.size, rows, self._weight, self._eps, normed)
         return out
-
-
-class CpuAttention(nn.Module):
-    """Grouped-query attention of one sequence; keys and values go straight into the cache where there is one."""
-
-    def __init__(self, attention: Attention, cores: Cores) -> None:
-        super().__init__()
-        self.query_key_value = CpuLinear(attention.query_key_value.weight.data, cores)
-        self.dense = CpuLinear(attention.dense.weight.data, cores)
-        self._num_heads, self._num_kv_heads = attention.num_heads, attention.num_kv_heads
-        self._query_weight, self._key_weight = (
-            _float(norm.weight) for norm in (attention.query_layernorm, attention.key_layernorm)
-        )
-        self._eps = attention.query_layernorm.eps
-
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        T, width = x.shape[1:]
-        heads = self.query_key_value.rows(x.view(T, width).numpy()).reshape(
-            T, self._num_heads + 2 * self._num_kv_heads, -1
-        )
-        query = torch.empty(1, self._num_heads, T, heads.shape[2])
-        if cache is None:
-            key, value = (torch.empty(1, self._num_kv_heads, T, heads.shape[2]) for _ in range(2))
-            new_key, new_value = key, value
-        else:
-            start, end = cache.length, cache.length + T
-            key, value = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]
-            new_key, new_value = key[:, :, start:], value[:, :, start:]
-        cos, sin = rotary
-        split_heads(
-            heads,
-            self._query_weight,
-            self._key_weight,
-            cos.numpy(),
-            sin.numpy(),
-            self._eps,
-            query[0].numpy(),
-            new_key[0].numpy(),
-            new_value[0].numpy(),
-        )
-        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-        out = self.dense.rows(mixed[0].transpose(0, 1).reshape(T, -1).numpy())  # [T, D]
-        return torch.from_numpy(out)[None]
-
-
-class CpuMLP(nn.Module):
-    """Gated MLP: down(silu(gate x) * up x)."""
-
-    def __init__(self, mlp: MLP, cores: Cores) -> None:
-        super().__init__()
-        maps = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        self.gate_proj, self.up_proj, self.down_proj = (CpuLinear(each.weight.data, cores) for each in maps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).numpy()
-        hidden = self.gate_proj.rows(rows)
-        gate(hidden, self.up_proj.rows(rows))
-        return torch.from_numpy(self.down_proj.rows(hidden)).view(x.shape)
-
-
-class CpuRouter(nn.Module):
-    """See `tidesim.engine.model.Router`; the choice is made in one pass over the logits."""
-
-    def __init__(self, router: Router, cores: Cores) -> None:
-        super().__init__()
-        self.map = CpuLinear(router.weight.data, cores)
-        self._bias = _float(router.expert_bias)
-        self._num_groups, self._top_groups = router.num_groups, router.top_groups
-        self._top_k, self._scale = router.top_k, router.scale
-
-    def forward(self, x: Tensor) -> Routing:
-        logits = self.map.rows(x.numpy())
-        ids, weights = np.empty((len(x), self._top_k), np.int64), np.empty((len(x), self._top_k), np.float32)
-        choose_experts(logits, self._bias, self._num_groups, self._top_groups, self._scale, ids, weights)
-        return Routing(torch.from_numpy(ids), torch.from_numpy(weights))
 
 
 class CpuLikeliest(nn.Module):
     """The likeliest token of each row and its probability. [B, V] -> [B], [B]."""
 
+    def __init__(self, cores: Cores) -> None:
+        super().__init__()
+        self._cores = cores
+
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         tokens, confidences = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
-        take_likeliest(logits.numpy(), tokens, confidences)
+        # An exponential is worth some ten multiply-adds.
+        self._cores.run(layer_kernel.take_likeliest, 10 * logits.numel(), logits.numpy(), tokens, confidences)
         return torch.from_numpy(tokens), torch.from_numpy(confidences)
 
 
 def on_cores(network: LLaDA2, cores: Cores) -> None:
     """Have `network` computed by `cores`."""
-    make: dict[type[nn.Module], Any] = {
-        nn.Linear: lambda linear: CpuLinear(linear.weight.data, cores),
-        nn.Embedding: lambda embedding: CpuEmbedding(embedding.weight.data),
-        RMSNorm: CpuNorm,
-        Attention: lambda attention: CpuAttention(attention, cores),
-        MLP: lambda mlp: CpuMLP(mlp, cores),
-        Router: lambda router: CpuRouter(router, cores),
-        Likeliest: lambda _: CpuLikeliest(),
+    workspace = Workspace(network.config)
+    make: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+        Layer: lambda layer: CpuLayer(layer, network.config, cores, workspace),
+        nn.Linear: lambda linear: CpuLinear(linear.weight, cores),
+        nn.Embedding: CpuEmbedding,
+        RMSNorm: lambda norm: CpuNorm(norm, cores),
+        Likeliest: lambda _: CpuLikeliest(cores),
     }
-    for module in list(network.modules()):
+    for module in (network, network.layers):
         for name, child in list(module.named_children()):
             if type(child) in make:
                 setattr(module, name, make[type(child)](child))

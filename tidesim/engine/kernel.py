@@ -19,12 +19,14 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from tidesim.engine.tiles import Progress, first_tile, next_tile, wait_for
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 ROW_TILE = 4  # rows of one micro-kernel: time goes up in steps of so many rows
-_CHUNK = 32  # rows that share one sweep over the weights; they and a tile of weights stay in a core's own cache
-_OUTPUT_TILE = 16  # weight rows that all rows of a chunk go through before the next ones are read
+CHUNK = 32  # rows that share one sweep over the weights; they and a tile of weights stay in a core's own cache
+OUTPUT_TILE = 24  # weight rows that all rows of a chunk go through before the next ones are read
 # A sum may be split over the lanes of a vector and a product joined with its sum; nothing else is loosened.
 FASTMATH = {"reassoc", "contract", "nsz"}
 
@@ -141,41 +143,57 @@ def sort_pairs(expert_ids: Ints, num_experts: int) -> tuple[Any, Ints, Ints, Int
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
-def _multiply(weights: Any, rows: Floats, num_rows: int, out: Floats, first_row: int, first_column: int) -> None:
+def multiply(weights: Any, rows: Floats, num_rows: int, out: Floats, first_row: int, first_column: int) -> None:
     """out[first_row + r, first_column + o] = rows[r, :] . weights[o, :] for r < num_rows.
 
-    rows [R, width] has rows to spare up to a multiple of ROW_TILE; the number of weight rows is even.
+    rows [R, width] has rows to spare up to a multiple of ROW_TILE. Sums of four rows with three weight rows fill the
+    registers of a core with 16 vectors; at the end the last weight row stands in for those that are missing.
     """
     num_outputs, width = weights.shape
-    for tile in range(0, num_outputs, _OUTPUT_TILE):
+    last = num_outputs - 1
+    for tile in range(0, num_outputs, OUTPUT_TILE):
         for r in range(0, num_rows, ROW_TILE):
             x0, x1, x2, x3 = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
             row, left = first_row + r, num_rows - r
-            for o in range(tile, min(tile + _OUTPUT_TILE, num_outputs), 2):
-                w0, w1 = weights[o], weights[o + 1]
-                a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
+            for o in range(tile, min(tile + OUTPUT_TILE, num_outputs), 3):
+                p, q = min(o + 1, last), min(o + 2, last)
+                w0, w1, w2 = weights[o], weights[p], weights[q]
+                a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = np.float32(0)
                 for i in range(width):
-                    u, v = _widen(w0[i]), _widen(w1[i])
+                    u, v, w = _widen(w0[i]), _widen(w1[i]), _widen(w2[i])
                     a0 += u * x0[i]
-                    a1 += u * x1[i]
-                    a2 += u * x2[i]
-                    a3 += u * x3[i]
                     b0 += v * x0[i]
+                    c0 += w * x0[i]
+                    a1 += u * x1[i]
                     b1 += v * x1[i]
+                    c1 += w * x1[i]
+                    a2 += u * x2[i]
                     b2 += v * x2[i]
+                    c2 += w * x2[i]
+                    a3 += u * x3[i]
                     b3 += v * x3[i]
-                column = first_column + o
-                out[row, column], out[row, column + 1] = a0, b0
+                    c3 += w * x3[i]
+                o, p, q = first_column + o, first_column + p, first_column + q
+                out[row, o], out[row, p], out[row, q] = a0, b0, c0
                 if left > 1:
-                    out[row + 1, column], out[row + 1, column + 1] = a1, b1
+                    out[row + 1, o], out[row + 1, p], out[row + 1, q] = a1, b1, c1
                 if left > 2:
-                    out[row + 2, column], out[row + 2, column + 1] = a2, b2
+                    out[row + 2, o], out[row + 2, p], out[row + 2, q] = a2, b2, c2
                 if left > 3:
-                    out[row + 3, column], out[row + 3, column + 1] = a3, b3
+                    out[row + 3, o], out[row + 3, p], out[row + 3, q] = a3, b3, c3
+
+
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
+def activate(gates: Floats, ups: Floats, num_rows: int, first: int, end: int) -> None:
+    """gates = silu(gates) * ups in the columns first:end of the first rows, in place."""
+    for r in range(num_rows):
+        for i in range(first, end):
+            gates[r, i] = gates[r, i] / (np.float32(1) + exp(-gates[r, i])) * ups[r, i]
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
 def run_experts(
+    progress: Progress,
     x: Floats,
     tokens: Ints,
     begin: Ints,
@@ -189,32 +207,35 @@ def run_experts(
 ) -> None:
     """out[p] = down(silu(gate x) * up x) for the pairs begin[a]:end[a] of each expert a, x being x[tokens[p]].
 
+    Threads take one expert after another.
+
     Parameters
     ----------
     x : float32 [T, D]. out : float32 [P, D]; other rows of it are left alone.
     tokens : int64 [P]. begin, end, gate_at, up_at, down_at : int64 [A], see `ExpertWeights`.
-    like : any array of the dtype that weights are stored in. width : I. D and I must be even.
+    like : any array of the dtype that weights are stored in. width : I.
     """
     D = x.shape[1]
     rows, gates, ups = (
-        np.zeros((_CHUNK, D), np.float32),
-        np.zeros((_CHUNK, width), np.float32),
-        np.empty((_CHUNK, width), np.float32),
+        np.zeros((CHUNK, D), np.float32),
+        np.zeros((CHUNK, width), np.float32),
+        np.empty((CHUNK, width), np.float32),
     )
-    for a in range(len(begin)):
+    a = first_tile(progress, 0)
+    while a < len(begin):
         gate = carray(_pointer(gate_at[a], like), (width, D))
         up = carray(_pointer(up_at[a], like), (width, D))
         down = carray(_pointer(down_at[a], like), (D, width))
-        for start in range(begin[a], end[a], _CHUNK):
-            num_rows = min(_CHUNK, end[a] - start)
+        for start in range(begin[a], end[a], CHUNK):
+            num_rows = min(CHUNK, end[a] - start)
             for r in range(num_rows):
                 rows[r] = x[tokens[start + r]]
-            _multiply(gate, rows, num_rows, gates, 0, 0)
-            _multiply(up, rows, num_rows, ups, 0, 0)
-            for r in range(num_rows):
-                for i in range(width):
-                    gates[r, i] = gates[r, i] / (np.float32(1) + exp(-gates[r, i])) * ups[r, i]
-            _multiply(down, gates, num_rows, out, start, 0)
+            multiply(gate, rows, num_rows, gates, 0, 0)
+            multiply(up, rows, num_rows, ups, 0, 0)
+            activate(gates, ups, num_rows, 0, width)
+            multiply(down, gates, num_rows, out, start, 0)
+        a = next_tile(progress, 0)
+    wait_for(progress, 0, len(begin))
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
@@ -230,16 +251,9 @@ def combine(outputs: Floats, places: Ints, weights: Floats) -> Floats:
     return total
 
 
-@njit(nogil=True, cache=True)
-def multiply_rows(weights_at: int, like: Any, rows: Floats, first: int, end: int, out: Floats) -> None:
-    """out[t, o] = rows[t, :] . weights[o, :] for the outputs first:end; rows [T, width], out [T, O], O even."""
-    T, width = rows.shape
-    chunk = np.zeros((_CHUNK, width), np.float32)
-    weights = carray(_pointer(weights_at + first * width * like.itemsize, like), (end - first, width))
-    for start in range(0, T, _CHUNK):
-        num_rows = min(_CHUNK, T - start)
-        chunk[:num_rows] = rows[start : start + num_rows]
-        _multiply(weights, chunk, num_rows, out, start, first)
+def padded(num_rows: int) -> int:
+    """So many rows, and what is missing to whole tiles of rows."""
+    return -(-num_rows // ROW_TILE) * ROW_TILE
 
 
 def stored_like(dtype: torch.dtype) -> npt.NDArray[Any]:
@@ -248,8 +262,18 @@ def stored_like(dtype: torch.dtype) -> npt.NDArray[Any]:
     Raise TypeError for a dtype that it does not read.
     """
     if dtype not in STORED:
-        raise TypeError(f"experts stored as {dtype} cannot be run on the CPU; store them as bfloat16 or float32.")
+        raise TypeError(f"weights stored as {dtype} cannot be used on the CPU; store them as bfloat16 or float32.")
     return np.empty(0, STORED[dtype])
+
+
+def stored(weight: torch.Tensor) -> npt.NDArray[Any]:
+    """A weight as compiled code reads it; it shares the tensor's memory if that is contiguous.
+
+    Raise TypeError for a dtype that it does not read.
+    """
+    dtype = stored_like(weight.dtype).dtype
+    same_width = {2: torch.int16, 4: torch.int32}[weight.element_size()]
+    return weight.detach().contiguous().view(same_width).numpy().view(dtype)
 
 
 def sorted_pairs(choices: Ints, num_experts: int) -> Pairs:

@@ -15,7 +15,7 @@ from tidesim.engine.calibrate.measured import Measured, sample, seconds, seconds
 from tidesim.engine.checkpoint import random_without_experts
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_network import CpuLinear, on_cores
-from tidesim.engine.model import KVCache, Layer, Routing
+from tidesim.engine.model import KVCache, Layer, MoE, Routing
 from tidesim.moe import MoEConfig
 
 CONTEXT_TOKENS = 128  # finished tokens that a block attends to: some blocks into an answer
@@ -52,6 +52,7 @@ class ColdNetwork:
             vocab_size=vocab,
         )
         self.network = random_without_experts(config, torch.bfloat16, rng)
+        self._maps = [_linear_maps(cast(Layer, layer), cores) for layer in self.network.layers]
         on_cores(self.network, cores)
         self._layers = cast(list[Layer], list(self.network.layers))
         for moe in self.network.moe_layers:
@@ -67,7 +68,7 @@ class ColdNetwork:
 
     def maps_s(self, num_rows: int) -> float:
         """Seconds of the linear maps of one MoE layer (attention, router, shared expert) on so many rows."""
-        maps = [part for part in self._layers[next(self._turns)].modules() if isinstance(part, CpuLinear)]
+        maps = self._maps[next(self._turns)]
         inputs = [self.x.new_ones(num_rows, part.weight.shape[1]) for part in maps]
 
         def run() -> None:
@@ -78,18 +79,25 @@ class ColdNetwork:
 
     def calls_s(self) -> float:
         """Seconds of as many linear maps that have nothing to compute: what is not reading or multiplying."""
-        num_maps = sum(isinstance(part, CpuLinear) for part in self._layers[0].modules())
-        return num_maps * seconds_per_call(lambda: self._tiny(self.x[:1, :2]), 20)
+        return len(self._maps[0]) * seconds_per_call(lambda: self._tiny(self.x[:1, :2]), 20)
 
     def layer_s(self) -> float:
         """Seconds of a whole MoE layer without routed experts; the block attends to `CONTEXT_TOKENS` tokens."""
         index = next(self._turns)
-        layer = self._layers[index]
-        return seconds(lambda: layer(self.x[None], self._rotary, None, self._cache, index))
+        layer, x = self._layers[index], self.x[None].clone()
+        return seconds(lambda: layer(x, self._rotary, None, self._cache, index))
 
     def head_s(self, num_rows: int) -> float:
         """Seconds of lm_head on so many rows."""
         return seconds(lambda: self.network.lm_head(self.x[:num_rows]))
+
+
+def _linear_maps(layer: Layer, cores: Cores) -> list[CpuLinear]:
+    """The linear maps of an MoE layer, each to be called alone; they share the layer's weights."""
+    moe = cast(MoE, layer.mlp)
+    shared = moe.shared_experts
+    maps = (layer.attention.query_key_value, layer.attention.dense, moe.gate)
+    return [CpuLinear(each.weight, cores) for each in (*maps, shared.gate_proj, shared.up_proj, shared.down_proj)]
 
 
 @dataclass(frozen=True, slots=True)
