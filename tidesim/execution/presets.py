@@ -152,9 +152,9 @@ _ENGINE = replace(
     ops_per_forward=46,
 )
 
-# The same engine where CPU cores are the device: tidesim/engine/cpu_network.py and offload.py, one op for each call of
-# compiled code and for each small operation of PyTorch or NumPy.
-#   attention: norm, qkv, split and rotate heads, attention, contiguous, output, residual add = 7
+# The same engine where CPU cores are the device: tidesim/engine/cpu_network.py and offload.py, one op for each step of
+# compiled code (a layer is two calls of several steps) and for each small operation of PyTorch or NumPy.
+#   attention: norm, qkv, keys and values rotated, queries rotated, attention, output, residual add = 7
 #   router: norm, linear, choice = 3; shared expert: gate, up, activation, down, add = 5; residual add 1
 #   routed experts, all but their kernel: counts, slots of the rows, sort, combine, the policy, the books = 6
 #   hence 7 + 3 + 5 + 1 + 6 = 22, and 7 + norm 1 + gated MLP 4 + residual add 1 = 13 for a dense layer
