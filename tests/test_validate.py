@@ -101,6 +101,9 @@ def test_agreement_is_what_it_says() -> None:
     assert raw["kendall_tau"] == steady["kendall_tau"] == pytest.approx((5 - 1) / 6)
     assert steady["worst_error"] == pytest.approx(1 - 29 / 62)
     assert (raw["median_spread"], steady["median_spread"]) == (0.0, pytest.approx(0.1))
+    # Those two differ by less than their spreads at one speed, and only there.
+    assert (raw["num_told_apart"], raw["ranked_alike"]) == (6, pytest.approx(5 / 6))
+    assert (steady["num_told_apart"], steady["ranked_alike"]) == (5, 1.0)
     assert found.num_differences == 2
 
 

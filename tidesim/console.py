@@ -408,5 +408,7 @@ def validation_tables(document: Document) -> RenderableType:
 def _agreement(figures: Document) -> str:
     return (
         f"error median {100 * figures['median_error']:.1f} %, worst {100 * figures['worst_error']:.1f} %; "
-        f"Kendall's tau {figures['kendall_tau']:.3f}; median spread of repeats {100 * figures['median_spread']:.1f} %"
+        f"Kendall's tau {figures['kendall_tau']:.3f}; median spread of repeats {100 * figures['median_spread']:.1f} %; "
+        f"of {figures['num_told_apart']} pairs of cases that repeats tell apart, "
+        f"{100 * figures['ranked_alike']:.1f} % are ranked alike"
     )

@@ -103,8 +103,6 @@ class AcceleratorBackend:
     is_detailed : keep what the host did in `spans`, for a timeline; copies are the device's own and not seen.
     """
 
-    name = "accelerator"
-
     def __init__(
         self,
         config: NetworkConfig,
@@ -253,9 +251,13 @@ class AcceleratorBackend:
 
     def busy_ns(self) -> dict[str, int]:
         """See `offload.Backend`."""
-        done = [pair for pair in self._copies if pair[1].query()]
-        self._copies_ns += sum(round(self._calls.elapsed_ms(*pair) * 1e6) for pair in done)
-        self._copies = [pair for pair in self._copies if pair not in done]
+        under_way = []
+        for start, arrival in self._copies:
+            if arrival.query():
+                self._copies_ns += round(self._calls.elapsed_ms(start, arrival) * 1e6)
+            else:
+                under_way.append((start, arrival))
+        self._copies = under_way
         return {"host": self._host.busy_ns, "h2d": self._copies_ns}
 
     def close(self) -> None:

@@ -29,8 +29,6 @@ class DiskBackend(CpuBackend):
     drive : where the experts are; the caller closes it.
     """
 
-    name = "disk"
-
     def __init__(self, config: NetworkConfig, drive: Drive, device_cores: Cores, is_detailed: bool = False) -> None:
         super().__init__(config, drive.dtype, device_cores, is_detailed=is_detailed)
         self._drive = drive

@@ -64,8 +64,6 @@ class EmulatedBackend(CpuBackend):
     host_cores : who computes missed experts.
     """
 
-    name = "emulated"
-
     def __init__(
         self,
         config: NetworkConfig,

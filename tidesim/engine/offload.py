@@ -67,11 +67,9 @@ class Backend(Protocol):
 
     Attributes
     ----------
-    name : what results call the machine.
     spans : what its workers did, if it was asked to keep that.
     """
 
-    name: str
     spans: list[Span] | None
 
     def open_slots(self, budgets: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,26 @@ class Validation:
     def agreement(self, is_steady: bool) -> dict[str, float]:
         """Median and largest absolute error, rank correlation (Kendall's tau), and the median spread of repeats.
 
-        `is_steady` takes the measurements as brought to one speed of the machine.
+        Two cases are told apart if they are further from each other than the mean of their spreads; of all pairs,
+        `num_told_apart` are, and `ranked_alike` is the share of these that predictions rank as measurements do (1 if
+        there are none). `is_steady` takes the measurements as brought to one speed of the machine.
         """
         prefix = "steady_" if is_steady else ""
         errors = [abs(getattr(row, f"{prefix}error")) for row in self.rows]
         measured = [row.steady_tok_per_s if is_steady else row.measured_tok_per_s for row in self.rows]
         predicted = [row.predicted_tok_per_s for row in self.rows]
         spreads = [getattr(row, f"{prefix}spread") for row in self.rows]
+        are_alike = [
+            (measured[i] - measured[j]) * (predicted[i] - predicted[j]) > 0
+            for i, j in combinations(range(len(self.rows)), 2)
+            if abs(measured[i] - measured[j]) > (spreads[i] * measured[i] + spreads[j] * measured[j]) / 2
+        ]
         return {
             "median_error": float(np.median(errors)),
             "worst_error": max(errors),
             "kendall_tau": float(kendalltau(predicted, measured).statistic) if len(self.rows) > 1 else 1.0,
+            "num_told_apart": len(are_alike),
+            "ranked_alike": sum(are_alike) / len(are_alike) if are_alike else 1.0,
             "median_spread": float(np.median(spreads)),
         }
 
