@@ -102,7 +102,7 @@ def run_layer(clock, costs, residency, policy, info, layer, counts):
         fetch(clock, costs, residency, policy, info, layer, counts, missed.tolist(), needed, kernels)
     else:
         pairs = int(counts[missed].sum())
-        host = costs.host_expert_ns[counts[missed]].sum() + costs.host_layer_ns[min(info.tokens, pairs)]
+        host = costs.host_expert_ns[counts[missed]].sum() + int(costs.host_call_ns(min(info.tokens, pairs), pairs))
         host = clock.slow("host", host)
         start = clock.now
         clock.wait(layer, "copy_wait", needed)

@@ -52,7 +52,7 @@ def test_the_presets_of_our_engine_differ_where_their_devices_do():
     assert (engine.kernels, engine.host, engine.host_calls, engine.launch) == ("grouped", "parallel", "layer", "eager")
     assert (engine.copies_per_expert, engine.write_back, engine.is_async, engine.home) == (1, False, True, "host")
     ops = {"ops_per_layer": 22, "ops_per_dense_layer": 13, "ops_per_forward": 35}
-    assert emulated == replace(engine, name="emulated", is_async=False, **ops)
+    assert emulated == replace(engine, name="emulated", activation_bytes=4, is_async=False, **ops)
     assert disk == replace(emulated, name="disk", home="disk", host="serial")
 
 
@@ -192,8 +192,17 @@ def test_curves_hold_for_weights_of_16_bits_only():
 def test_the_host_is_called_per_expert_or_per_layer():
     # One expert is 500 ns; a call is 50 ns; n rows take 10 + 100 n ns each way.
     per_expert, per_layer = costs(max_rows=2), costs(max_rows=2, host_calls="layer")
-    assert ints(per_expert.host_expert_ns, per_expert.host_layer_ns) == ([0, 770, 970], [0, 0, 0])
-    assert ints(per_layer.host_expert_ns, per_layer.host_layer_ns) == ([0, 500, 500], [0, 270, 470])
+    rows = np.arange(3)
+    assert ints(per_expert.host_expert_ns, per_expert.host_call_ns(rows, rows)) == ([0, 770, 970], [0, 0, 0])
+    assert ints(per_layer.host_expert_ns, per_layer.host_call_ns(rows, rows)) == ([0, 500, 500], [0, 270, 470])
+
+
+def test_the_host_sends_back_a_row_for_each_token_or_for_each_missed_pair():
+    # Two rows go out, five of their experts are missed; n rows take 10 + 100 n ns each way, twice that in float32.
+    assert costs(host_calls="layer").host_call_ns(2, 5) == 50 + 210 + 210
+    assert costs(host_calls="layer", returns="pair").host_call_ns(2, 5) == 50 + 210 + 510
+    assert costs(host_calls="layer", returns="pair", activation_bytes=4).host_call_ns(2, 5) == 50 + 410 + 1010
+    assert costs(host_calls="layer", returns="pair").host_call_ns(0, 0) == 0
 
 
 def test_the_host_is_bound_by_operations_when_an_expert_has_many_rows():
@@ -238,7 +247,8 @@ def test_an_expert_on_disk_is_read_whole_and_no_row_travels(is_unified):
     assert (made.promote_ns, made.evict_ns, made.promote_bytes, made.evict_bytes) == (320, 0, 24, 0)
     assert made.host_expert_ns.tolist() == [0, 870, 870]
     per_layer = costs(hardware=machine, home="disk", max_rows=2, host_calls="layer")
-    assert ints(per_layer.host_expert_ns, per_layer.host_layer_ns) == ([0, 820, 820], [0, 50, 50])
+    assert per_layer.host_expert_ns.tolist() == [0, 820, 820]
+    assert per_layer.host_call_ns(np.arange(3), 3 * np.arange(3)).tolist() == [0, 50, 50]
 
 
 def test_experts_of_fewer_bits_move_and_stream_faster():
@@ -364,5 +374,5 @@ def test_one_machine_wide_duration_per_thing_is_a_whole_number():
     made = costs(write_back=True)
     for name in ("promote_ns", "evict_ns", "expert_launch_ns"):
         assert type(getattr(made, name)) is int
-    for table in (made.loop_ns, made.host_expert_ns, made.host_layer_ns):
+    for table in (made.loop_ns, made.host_expert_ns, made.host_call_ns(np.arange(3), np.arange(3))):
         assert table.dtype == np.int64

@@ -278,3 +278,39 @@ def test_the_command_works_as_a_process(tmp_path: Path) -> None:
     failed = subprocess.run([*command, "--device", "gpu"], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert failed.stderr.startswith("tidesim: no device 'gpu'")
+
+
+NOTHING_IS_COMPILED = """
+import sys
+from tidesim.engine import kernel, layer_kernel
+from tidesim.engine.choice import by_hand
+from tidesim.engine.generate import Sampler
+from tidesim.engine.live import DeviceSettings, open_model
+from tidesim.engine.session import Session
+from tidesim.engine.tokenizer import Prompt
+from tidesim.execution import EXECUTIONS
+from tidesim.policies import policy
+from tidesim.shipped import find_shipped
+
+functions = [each for module in (kernel, layer_kernel) for each in vars(module).values() if hasattr(each, "signatures")]
+folder = find_shipped("models", "llada2-tiny")
+with open_model(folder, DeviceSettings(device=sys.argv[1])) as live:
+    session = Session(live, by_hand(policy("lru"), 64, EXECUTIONS["overlapped"], live), machine="here", seed=0)
+    start = live.start
+
+    def started(*how):
+        offload = start(*how)
+        started.before = [len(each.signatures) for each in functions]
+        return offload
+
+    live.start = started
+    session.answer(folder, [Prompt(text="import os")], Sampler(gen_length=8))
+    after = [len(each.signatures) for each in functions]
+assert max(after) > 0 and after == started.before, dict(zip(functions, zip(started.before, after)))
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "disk"])
+def test_all_is_compiled_before_a_run_begins(device: str) -> None:
+    """In a process of its own, as in this one most of it has been called before."""
+    subprocess.run([sys.executable, "-c", NOTHING_IS_COMPILED, device], check=True)

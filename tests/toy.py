@@ -86,6 +86,8 @@ def toy_execution(**changes: object) -> Execution:
         kernels="loop",
         host="serial",
         host_calls="expert",
+        activation_bytes=2,
+        returns="row",
         launch="eager",
         is_async=True,
         home="host",

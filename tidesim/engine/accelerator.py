@@ -113,6 +113,7 @@ class AcceleratorBackend:
     ) -> None:
         self._config, self._weights, self._host_cores, self._calls = config, weights, host_cores, calls
         self._like = kernel.stored_like(weights.dtype)
+        kernel.compile_experts(weights.dtype)
         self.spans: list[Span] | None = [] if is_detailed else None
         self._host = Worker("host", self.spans)
         self._copy_stream, self._rows_stream = calls.new_stream(), calls.new_stream()

@@ -108,6 +108,7 @@ class CpuBackend:
         self.outputs: Floats = np.empty((0, config.hidden_size), np.float32)
         self.device_cores, self._device_factor = device_cores, device_factor
         self.like = kernel.stored_like(dtype)
+        kernel.compile_experts(dtype)
         self.slabs: list[Tensor] = []
         self._slots_at: list[ExpertWeights] = []
         self._since_ns = 0

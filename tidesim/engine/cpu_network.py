@@ -188,7 +188,7 @@ class CpuLikeliest(nn.Module):
 
 
 def on_cores(network: LLaDA2, cores: Cores) -> None:
-    """Have `network` computed by `cores`."""
+    """Have `network` computed by `cores`; what that takes is compiled here, so that no run waits for it."""
     workspace = Workspace(network.config)
     make: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
         Layer: lambda layer: CpuLayer(layer, network.config, cores, workspace),
@@ -201,3 +201,27 @@ def on_cores(network: LLaDA2, cores: Cores) -> None:
         for name, child in list(module.named_children()):
             if type(child) in make:
                 setattr(module, name, make[type(child)](child))
+    _compile(network)
+
+
+def _compile(network: LLaDA2) -> None:
+    """Call everything once: the first layer of each kind with one token, and what comes behind the layers."""
+    first_of_kind = {type(layer.mlp): index for index, layer in reversed(list(enumerate(network.layers)))}
+    with torch.inference_mode():
+        x = network.word_embeddings(torch.zeros(1, 1, dtype=torch.long))
+        rotary = network.rotary.tables(torch.zeros(1), x.dtype)
+        for index in first_of_kind.values():
+            layer = network.layers[index]
+            # A network from a checkpoint gets its experts when a run starts.
+            bare = layer.mlp if isinstance(layer.mlp, MoE) and not hasattr(layer.mlp, "experts") else None
+            if bare is not None:
+                bare.experts = no_experts
+            layer(x, rotary, None, None, index)
+            if bare is not None:
+                del bare.experts
+        network.likeliest(network.logits(network.norm(x)[0]))
+
+
+def no_experts(x: Tensor, routing: Routing) -> Tensor:
+    """In place of a layer's routed experts: zeros [T, D]."""
+    return torch.zeros_like(x)

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from tidesim.engine.tiles import Progress, first_tile, next_tile, wait_for
+from tidesim.engine.tiles import Progress, first_tile, next_tile, no_progress, wait_for
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -274,6 +274,15 @@ def stored(weight: torch.Tensor) -> npt.NDArray[Any]:
     dtype = stored_like(weight.dtype).dtype
     same_width = {2: torch.int16, 4: torch.int32}[weight.element_size()]
     return weight.detach().contiguous().view(same_width).numpy().view(dtype)
+
+
+def compile_experts(dtype: torch.dtype) -> None:
+    """Call what runs experts of `dtype` once, so that no run waits for its compilation."""
+    pairs, nothing = sorted_pairs(np.zeros((1, 1), np.int64), 1), np.zeros((1, 2), np.float32)
+    weights = np.zeros(4, STORED[dtype])
+    at, out = np.array([weights.ctypes.data]), np.zeros((1, 2), np.float32)
+    run_experts(no_progress(), nothing, pairs.tokens, pairs.first[:1], pairs.first[1:], at, at, at, weights[:0], 2, out)
+    combine(out, pairs.places, np.zeros((1, 1), np.float32))
 
 
 def sorted_pairs(choices: Ints, num_experts: int) -> Pairs:

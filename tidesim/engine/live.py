@@ -75,8 +75,8 @@ class DeviceSettings:
         """What results call the machine."""
         if self.kind == "accelerator":
             return f"{torch.accelerator.current_accelerator()}, {self.host_threads} host threads"
-        host = "" if self.kind == "disk" else f", {self.host_threads} of the host"
-        return f"{self.kind}, {self.device_threads} threads of the device{host}"
+        host = "" if self.kind == "disk" else f", {self.host_threads} host"
+        return f"{self.kind}, threads: {self.device_threads} device{host}"
 
 
 # How the engine runs a forward on each kind of device.

@@ -24,7 +24,6 @@ class Costs:
     loop_ns : [max_rows + 1], kernels of one resident expert run alone, by its rows; 0 for 0 rows.
     expert_launch_ns : launching the ops of one such expert.
     host_expert_ns : [max_rows + 1], one missed expert on the host, by its rows; 0 for 0 rows.
-    host_layer_ns : [max_rows + 1], what a layer's host part costs besides its experts, by the rows that travel.
     promote_ns, evict_ns : one expert from its home to the device, and out again (0 without write-back).
     promote_bytes, evict_bytes : bytes that are copied or read for them (0 where nothing is).
     """
@@ -43,7 +42,7 @@ class Costs:
         self.expert_launch_ns = int(self._launch_ns(execution.ops_per_expert))
         self._grouped_bytes_ns, self._grouped_flops_ns = self._grouped_tables(max_rows)
         self._grouped_overhead_ns = int(_ns(hardware.device.grouped_overhead_s))
-        self.host_expert_ns, self.host_layer_ns = self._host_tables(rows)
+        self.host_expert_ns = self._host_table(rows)
         self._copy_costs()
 
     # --- dense parts ---
@@ -112,6 +111,19 @@ class Costs:
             return self._grouped_overhead_ns + loop_kernel_ns, 0
         return loop_kernel_ns, int(self._unhidden_ns(loop_kernel_ns, self.expert_launch_ns))
 
+    # --- missed experts on the host ---
+
+    def host_call_ns(self, rows: Rows | int, pairs: Rows | int) -> Ints:
+        """What a layer's host part costs besides its experts, where the host is called once for all; any shape.
+
+        The call, `rows` hidden states out, and back one for each of them or one for each of the `pairs` that are
+        missed, as the execution says. Without a missed pair there is no call.
+        """
+        if self.execution.host_calls == "expert":
+            return np.zeros_like(_wide(pairs))
+        call_s = self.hardware.host.call_overhead_s + self._rows_s(_wide(rows), _wide(pairs))
+        return np.where(_wide(pairs) > 0, _ns(call_s), 0)
+
     # --- how the figures come about ---
 
     def _layer_s(self, params: int, tokens: Rows, context_tokens: Rows) -> Floats:
@@ -155,8 +167,8 @@ class Costs:
         bytes_ns = _ns(active * model.expert_bytes / device.experts_bytes_per_s)
         return bytes_ns, _ns(2 * rows * model.expert_params / device.grouped_flops_per_s)
 
-    def _host_tables(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Host time per missed expert and per layer; the call and the copies of rows are in one or the other."""
+    def _host_table(self, rows: Ints) -> Ints:
+        """Host time per missed expert, with its call and its rows' copies where it is called alone."""
         model, host = self.model, self.hardware.host
         if self._host_curve is not None:
             work_s = self._host_curve.product_s(rows, model.expert_params)
@@ -165,23 +177,23 @@ class Costs:
             work_s = _roofline_s(model.expert_bytes, flops, host.bytes_per_s, host.bf16_flops_per_s)
         if self.execution.home == "disk":
             work_s = work_s + self._read_s()
-        call_s = host.call_overhead_s + self._rows_s(rows)
         if self.execution.host_calls == "expert":
-            return _table(call_s + work_s), np.zeros_like(rows)
-        return _table(work_s), _table(call_s)
+            work_s = work_s + host.call_overhead_s + self._rows_s(rows, rows)
+        return _table(work_s)
 
-    def _rows_s(self, rows: Ints) -> Floats:
-        """Seconds to copy the hidden states of `rows` tokens to the host and back. They do not queue behind weights.
+    def _rows_s(self, rows: Ints, pairs: Ints) -> Floats:
+        """Seconds to copy the hidden states of `rows` tokens to the host and results back, not queued behind weights.
 
         Nothing where they are on the host already: with unified memory, or where the device is host memory.
         """
-        links = self.hardware.links
-        if links is None or self.execution.home == "disk":
-            return np.zeros(len(rows))
-        pinned = self.execution.is_pinned
+        links, execution = self.hardware.links, self.execution
+        if links is None or execution.home == "disk":
+            return np.zeros(rows.shape)
+        pinned = execution.is_pinned
         out, back = (links.d2h_pinned, links.h2d_pinned) if pinned else (links.d2h_pageable, links.h2d_pageable)
-        num_bytes = rows * self.model.hidden_bytes
-        return out.latency_s + num_bytes / out.bytes_per_s + back.latency_s + num_bytes / back.bytes_per_s
+        row_bytes = self.model.hidden_size * execution.activation_bytes
+        back_bytes = (pairs if execution.returns == "pair" else rows) * row_bytes
+        return out.latency_s + rows * row_bytes / out.bytes_per_s + back.latency_s + back_bytes / back.bytes_per_s
 
     def _copy_costs(self) -> None:
         """Copies of weights. Where device and host share the memory they live in, nothing is copied: moves are free."""
@@ -208,7 +220,7 @@ class Costs:
         return int(_ns(self.execution.copies_per_expert * link.latency_s + transfer_s))
 
 
-def _wide(rows: Rows) -> Ints:
+def _wide(rows: Rows | int) -> Ints:
     """As 64 bits: the operations of a forward do not fit 32."""
     return np.asarray(rows, np.int64)
 

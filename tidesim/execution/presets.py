@@ -25,6 +25,9 @@ class Execution:
     kernels : "loop" runs the resident experts one by one, "grouped" all of a layer in one kernel.
     host : whether missed experts run on the host after the layer's device part ("serial") or beside it ("parallel").
     host_calls : whether the host is called, and rows are copied, once per missed "expert" or once per "layer".
+    activation_bytes : of each number of the hidden states that travel to the host and back.
+    returns : what the host sends back when it is called for a layer: a "row" for each token, its missed experts summed,
+        or a row for each missed "pair" of a token and an expert, so that the device sums them in its own order.
     launch : cost of one op: "eager" is the host time of a framework op, "stream" that of a bare kernel launch.
     is_async : whether launches run ahead of the kernels and so cost only where they outlast them; without, as where
         the device is a CPU, the cost of every op adds to its kernels.
@@ -48,6 +51,8 @@ class Execution:
     kernels: Literal["loop", "grouped"]
     host: Literal["serial", "parallel"]
     host_calls: Literal["expert", "layer"]
+    activation_bytes: int
+    returns: Literal["row", "pair"]
     launch: Literal["eager", "stream"]
     is_async: bool
     home: Literal["host", "disk"]
@@ -93,6 +98,8 @@ _TIDE_AS_CODED = Execution(
     kernels="loop",
     host="serial",
     host_calls="expert",
+    activation_bytes=2,
+    returns="row",
     launch="eager",
     is_async=True,
     home="host",
@@ -119,6 +126,8 @@ _OVERLAPPED = Execution(
     kernels="grouped",
     host="parallel",
     host_calls="layer",
+    activation_bytes=2,
+    returns="row",
     launch="stream",
     is_async=True,
     home="host",
@@ -145,6 +154,7 @@ _OVERLAPPED = Execution(
 _ENGINE = replace(
     _OVERLAPPED,
     name="engine",
+    returns="pair",
     launch="eager",
     ops_per_layer=95,
     ops_per_dense_layer=63,
@@ -162,6 +172,7 @@ _ENGINE = replace(
 _EMULATED = replace(
     _ENGINE,
     name="emulated",
+    activation_bytes=4,
     is_async=False,
     ops_per_layer=22,
     ops_per_dense_layer=13,

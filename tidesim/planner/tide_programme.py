@@ -193,8 +193,9 @@ def _host_s(workload: Workload, wanted: Bools, costs: Costs) -> float:
     old, new = _step_pairs(workload, 1)
     counts = np.where(wanted[old], 0, workload.counts[new])  # [pairs, L, E], rows of missed experts
     num_missed = int(np.count_nonzero(counts))
-    rows = np.minimum(workload.tokens[new][:, None], counts.sum(axis=2))
-    total_ns = int(costs.host_expert_ns[counts].sum()) + int(costs.host_layer_ns[rows].sum())
+    pairs = counts.sum(axis=2)
+    rows = np.minimum(workload.tokens[new][:, None], pairs)
+    total_ns = int(costs.host_expert_ns[counts].sum()) + int(costs.host_call_ns(rows, pairs).sum())
     return total_ns / num_missed / 1e9 if num_missed else 0.0
 
 

@@ -146,7 +146,7 @@ class _Routed:
         kernel_ns, launch_ns = self._costs.experts_ns(int(self._loop_ns[layer] @ is_resident), num_active, hits)
         host_ns = self._all_on_host_ns[layer] - int(self._host_ns[layer] @ is_resident)
         # A row with several missed experts travels once.
-        host_ns += int(self._costs.host_layer_ns[min(self._num_rows, misses)])
+        host_ns += int(self._costs.host_call_ns(min(self._num_rows, misses), misses))
         return _Work(hits, misses, kernel_ns, launch_ns, host_ns)
 
     def alone(self, layer: int, expert: int) -> tuple[int, int]:

@@ -7,26 +7,17 @@ from itertools import cycle
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from tidesim.engine.calibrate.experts import network_config
 from tidesim.engine.calibrate.host import COLD
 from tidesim.engine.calibrate.measured import Measured, sample, seconds, seconds_per_call
 from tidesim.engine.checkpoint import random_without_experts
 from tidesim.engine.cores import Cores
-from tidesim.engine.cpu_network import CpuLinear, on_cores
-from tidesim.engine.model import KVCache, Layer, MoE, Routing
+from tidesim.engine.cpu_network import CpuLinear, no_experts, on_cores
+from tidesim.engine.model import KVCache, Layer, MoE
 from tidesim.moe import MoEConfig
 
 CONTEXT_TOKENS = 128  # finished tokens that a block attends to: some blocks into an answer
-
-
-class NoExperts:
-    """In place of a layer's routed experts: nothing is computed."""
-
-    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
-        """Zeros [T, D]."""
-        return torch.zeros_like(x)
 
 
 class ColdNetwork:
@@ -56,7 +47,7 @@ class ColdNetwork:
         on_cores(self.network, cores)
         self._layers = cast(list[Layer], list(self.network.layers))
         for moe in self.network.moe_layers:
-            moe.experts = NoExperts()
+            moe.experts = no_experts
         T = model.block_length
         self.x = torch.randn(T, model.hidden_size, generator=rng)
         self.head_share = vocab / model.vocab_size
