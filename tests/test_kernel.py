@@ -33,7 +33,7 @@ def choices(num_tokens: int, seed: int = 0) -> torch.Tensor:
 
 
 def run(x: torch.Tensor, ids: torch.Tensor, at: ExpertWeights, dtype: torch.dtype, threads: int = 1) -> np.ndarray:
-    pairs = sorted_pairs(ids.numpy(), E)
+    pairs = sorted_pairs(ids.numpy(), np.arange(E), E)
     out = np.full((ids.numel(), D), np.nan, np.float32)
     experts = np.flatnonzero(pairs.counts)
     with Cores(threads) as cores:
@@ -76,14 +76,27 @@ def test_widening_bfloat16_is_exact() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 40), st.integers(0, 99))
-def test_sorting_keeps_every_pair_once(num_tokens: int, seed: int) -> None:
+@given(st.integers(0, 40), st.integers(0, 99), st.lists(st.integers(0, E - 1), unique=True))
+def test_sorting_keeps_every_pair_once(num_tokens: int, seed: int, residents: list[int]) -> None:
     ids = choices(num_tokens, seed) if num_tokens else torch.empty(0, K, dtype=torch.int64)
-    pairs = sorted_pairs(ids.numpy(), E)
-    np.testing.assert_array_equal(pairs.counts, np.bincount(ids.numpy().ravel(), minlength=E))
+    num_slots, slots = len(residents) + 1, np.full(E, -1)
+    slots[residents] = np.arange(len(residents))
+    pairs = sorted_pairs(ids.numpy(), slots, num_slots)
+    keys = np.where(slots < 0, num_slots + np.arange(E), slots)
+    np.testing.assert_array_equal(pairs.counts, np.bincount(keys[ids.numpy().ravel()], minlength=num_slots + E))
     np.testing.assert_array_equal(pairs.first, np.append(0, np.cumsum(pairs.counts)))
+    np.testing.assert_array_equal(np.repeat(np.arange(num_slots + E), pairs.counts)[pairs.places], keys[ids.numpy()])
     np.testing.assert_array_equal(np.sort(pairs.places.ravel()), np.arange(ids.numel()))
     np.testing.assert_array_equal(pairs.tokens[pairs.places], np.arange(num_tokens)[:, None].repeat(K, axis=1))
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.data())
+def test_the_busiest_experts_run_first(counts: list[int], data: st.DataObject) -> None:
+    keys = np.array(data.draw(st.lists(st.integers(0, len(counts) - 1), unique=True)), np.int64)
+    order, num_tiles = kernel.busiest_first(np.array(counts, np.int32), keys)
+    tiles = -(-np.array(counts)[keys] // kernel.ROW_TILE)
+    np.testing.assert_array_equal(order, np.argsort(-tiles, kind="stable"))
+    assert num_tiles == tiles.sum()
 
 
 def test_outputs_are_summed_in_the_order_of_the_choices() -> None:

@@ -65,21 +65,17 @@ class Cores:
         self,
         x: npt.NDArray[np.float32],
         pairs: Pairs,
-        experts: npt.NDArray[np.int64],
+        keys: npt.NDArray[np.int64],
         weights: ExpertWeights,
         like: npt.NDArray[Any],
         width: int,
         out: npt.NDArray[np.float32],
     ) -> None:
-        """Run `experts` on their pairs; see `kernel.run_experts`. `weights` has the addresses of these, in order."""
-        tiles = (pairs.counts[experts] + kernel.ROW_TILE - 1) // kernel.ROW_TILE
-        # The busiest first, so that no thread is left with a busy one at the end.
-        order = np.argsort(-tiles, kind="stable")
-        begin, end = pairs.first[experts[order]], pairs.first[experts[order] + 1]
-        # A tile of rows is computed whole even if it is not full.
-        num_products = int(tiles.sum()) * kernel.ROW_TILE * 3 * width * x.shape[1]
-        where = (*weights.of(order), like, width)
-        self.run(kernel.run_experts, num_products, x, pairs.tokens, begin, end, *where, out)
+        """Run the experts under `keys` on their pairs, see `kernel.run_experts`; `weights` has their addresses."""
+        order, num_tiles = kernel.busiest_first(pairs.counts, keys)
+        num_products = num_tiles * kernel.ROW_TILE * 3 * width * x.shape[1]
+        which = (pairs.tokens, pairs.first, keys, order)
+        self.run(kernel.run_experts, num_products, x, *which, *weights, like, width, out)
 
 
 def _help(calls: "SimpleQueue[Call | None]") -> None:

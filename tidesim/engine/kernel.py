@@ -47,12 +47,12 @@ class ExpertWeights(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """The routed pairs of a forward, sorted by expert.
+    """The routed pairs of a forward, sorted by key: the slots 0..B-1, and behind them B + e for expert e in no slot.
 
     Parameters
     ----------
-    counts : int32 [E], pairs of each expert.
-    first : int64 [E + 1], where each expert's pairs begin.
+    counts : int32 [B + E], pairs of each key.
+    first : int64 [B + E + 1], where each key's pairs begin.
     tokens : int64 [P], the token of each pair.
     places : int64 [T, K], where the pair of a token's k-th choice stands.
     """
@@ -120,26 +120,42 @@ def exp(x: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def sort_pairs(expert_ids: Ints, num_experts: int) -> tuple[Any, Ints, Ints, Ints]:
-    """The fields of `Pairs` for the choices [T, K] of a forward: a counting sort, tokens ascending within an expert."""
-    T, K = expert_ids.shape
-    counts = np.zeros(num_experts, np.int32)
+def _sort_pairs(choices: Ints, slots: Ints, num_slots: int) -> tuple[Any, Ints, Ints, Ints]:
+    """The fields of `Pairs`, by a counting sort: tokens ascend within a slot or expert."""
+    T, K = choices.shape
+    num_keys = num_slots + len(slots)
+    keys = np.empty(len(slots), np.int64)
+    for expert in range(len(slots)):
+        keys[expert] = slots[expert] if slots[expert] >= 0 else num_slots + expert
+    counts = np.zeros(num_keys, np.int32)
     for token in range(T):
         for k in range(K):
-            counts[expert_ids[token, k]] += 1
-    first = np.zeros(num_experts + 1, np.int64)
-    for expert in range(num_experts):
-        first[expert + 1] = first[expert] + counts[expert]
+            counts[keys[choices[token, k]]] += 1
+    first = np.zeros(num_keys + 1, np.int64)
+    for key in range(num_keys):
+        first[key + 1] = first[key] + counts[key]
     free = first[:-1].copy()
     tokens = np.empty(T * K, np.int64)
     places = np.empty((T, K), np.int64)
     for token in range(T):
         for k in range(K):
-            expert = expert_ids[token, k]
-            places[token, k] = free[expert]
-            tokens[free[expert]] = token
-            free[expert] += 1
+            key = keys[choices[token, k]]
+            places[token, k] = free[key]
+            tokens[free[key]] = token
+            free[key] += 1
     return counts, first, tokens, places
+
+
+@njit(nogil=True, cache=True)
+def busiest_first(counts: Any, keys: Ints) -> tuple[Ints, int]:
+    """The order to run experts in so that no thread is left with a busy one, and how many tiles of rows they have.
+
+    The order is one of places in `keys`; counts as in `Pairs`. A tile of rows is computed whole even if it is not full.
+    """
+    tiles = np.empty(len(keys), np.int64)
+    for place in range(len(keys)):
+        tiles[place] = -((counts[keys[place]] + ROW_TILE - 1) // ROW_TILE)
+    return np.argsort(tiles, kind="mergesort"), -tiles.sum()
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
@@ -196,8 +212,9 @@ def run_experts(
     progress: Progress,
     x: Floats,
     tokens: Ints,
-    begin: Ints,
-    end: Ints,
+    first: Ints,
+    keys: Ints,
+    order: Ints,
     gate_at: Ints,
     up_at: Ints,
     down_at: Ints,
@@ -205,14 +222,15 @@ def run_experts(
     width: int,
     out: Floats,
 ) -> None:
-    """out[p] = down(silu(gate x) * up x) for the pairs begin[a]:end[a] of each expert a, x being x[tokens[p]].
+    """out[p] = down(silu(gate x) * up x) for the pairs p of each expert, x being x[tokens[p]].
 
-    Threads take one expert after another.
+    Threads take one expert after another, in an order given.
 
     Parameters
     ----------
     x : float32 [T, D]. out : float32 [P, D]; other rows of it are left alone.
-    tokens : int64 [P]. begin, end, gate_at, up_at, down_at : int64 [A], see `ExpertWeights`.
+    tokens, first : see `Pairs`. keys : int64 [A], of the experts. order : int64 [A], of places in `keys`.
+    gate_at, up_at, down_at : int64 [A], see `ExpertWeights`.
     like : any array of the dtype that weights are stored in. width : I.
     """
     D = x.shape[1]
@@ -221,21 +239,23 @@ def run_experts(
         np.zeros((CHUNK, width), np.float32),
         np.empty((CHUNK, width), np.float32),
     )
-    a = first_tile(progress, 0)
-    while a < len(begin):
+    turn = first_tile(progress, 0)
+    while turn < len(keys):
+        a = order[turn]
+        begin, end = first[keys[a]], first[keys[a] + 1]
         gate = carray(_pointer(gate_at[a], like), (width, D))
         up = carray(_pointer(up_at[a], like), (width, D))
         down = carray(_pointer(down_at[a], like), (D, width))
-        for start in range(begin[a], end[a], CHUNK):
-            num_rows = min(CHUNK, end[a] - start)
+        for start in range(begin, end, CHUNK):
+            num_rows = min(CHUNK, end - start)
             for r in range(num_rows):
                 rows[r] = x[tokens[start + r]]
             multiply(gate, rows, num_rows, gates, 0, 0)
             multiply(up, rows, num_rows, ups, 0, 0)
             activate(gates, ups, num_rows, 0, width)
             multiply(down, gates, num_rows, out, start, 0)
-        a = next_tile(progress, 0)
-    wait_for(progress, 0, len(begin))
+        turn = next_tile(progress, 0)
+    wait_for(progress, 0, len(keys))
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
@@ -278,13 +298,14 @@ def stored(weight: torch.Tensor) -> npt.NDArray[Any]:
 
 def compile_experts(dtype: torch.dtype) -> None:
     """Call what runs experts of `dtype` once, so that no run waits for its compilation."""
-    pairs, nothing = sorted_pairs(np.zeros((1, 1), np.int64), 1), np.zeros((1, 2), np.float32)
-    weights = np.zeros(4, STORED[dtype])
-    at, out = np.array([weights.ctypes.data]), np.zeros((1, 2), np.float32)
-    run_experts(no_progress(), nothing, pairs.tokens, pairs.first[:1], pairs.first[1:], at, at, at, weights[:0], 2, out)
+    pairs, only = sorted_pairs(np.zeros((1, 1), np.int64), np.array([0]), 1), np.array([0])
+    x, weights, out = np.zeros((1, 2), np.float32), np.zeros(4, STORED[dtype]), np.zeros((1, 2), np.float32)
+    at = (np.array([weights.ctypes.data]),) * 3
+    order, _ = busiest_first(pairs.counts, only)
+    run_experts(no_progress(), x, pairs.tokens, pairs.first, only, order, *at, weights[:0], 2, out)
     combine(out, pairs.places, np.zeros((1, 1), np.float32))
 
 
-def sorted_pairs(choices: Ints, num_experts: int) -> Pairs:
-    """The pairs of choices [T, K] out of so many experts, sorted by expert."""
-    return Pairs(*sort_pairs(choices, num_experts))
+def sorted_pairs(choices: Ints, slots: Ints, num_slots: int) -> Pairs:
+    """The pairs of choices [T, K], given the slot of each expert, [E]; -1 for one that is in none."""
+    return Pairs(*_sort_pairs(choices, slots, num_slots))

@@ -271,9 +271,7 @@ class Offload:
 
     def _batch(self, layer: int, x: Tensor, ids: Ints, counts: npt.NDArray[np.int32]) -> Batch:
         num_slots = self.budgets[layer]
-        slots = self.slots[layer]
-        keys = np.where(slots == ABSENT, num_slots + np.arange(self.num_experts), slots)
-        pairs = sorted_pairs(keys[ids], num_slots + self.num_experts)
+        pairs = sorted_pairs(ids, self.slots[layer], num_slots)
         return Batch(x, pairs, num_slots, int(pairs.first[num_slots]))
 
     def _run(self, layer: int, batch: Batch, counts: npt.NDArray[np.int32]) -> None:

@@ -86,7 +86,7 @@ class ColdExperts:
     def work(self, cores: Cores, rows: int) -> Callable[[], None]:
         """What runs the next set of experts, each on so many rows, in one call of `cores`."""
         x = self._x[:rows]
-        pairs = sorted_pairs(np.tile(self._ids, (rows, 1)), self.per_call)
+        pairs = sorted_pairs(np.tile(self._ids, (rows, 1)), self._ids, self.per_call)
         out = np.empty((rows * self.per_call, x.shape[1]), np.float32)
         firsts = cycle(range(0, self.num_experts, self.per_call))
 
@@ -124,7 +124,7 @@ def experts_call(model: MoEConfig, cores: Cores, repeats: int = 15, limit_s: flo
     config = replace(network_config(model), hidden_size=D, moe_intermediate_size=width)
     pieces = torch.zeros(N, 3 * D * width, dtype=torch.bfloat16)
     at, like, ids = addresses(pieces, config), stored_like(torch.bfloat16), np.arange(N, dtype=np.int64)
-    pairs = sorted_pairs(ids[None], N)
+    pairs = sorted_pairs(ids[None], ids, N)
     x, out = np.zeros((1, D), np.float32), np.empty((N, D), np.float32)
 
     def call() -> None:
