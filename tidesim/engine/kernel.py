@@ -199,7 +199,8 @@ def multiply(weights: Any, rows: Floats, num_rows: int, out: Floats, first_row: 
                     out[row + 3, o], out[row + 3, p], out[row + 3, q] = a3, b3, c3
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH)
+# Python's check for a division by zero keeps loops from being turned into vectors.
+@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
 def activate(gates: Floats, ups: Floats, num_rows: int, first: int, end: int) -> None:
     """gates = silu(gates) * ups in the columns first:end of the first rows, in place."""
     for r in range(num_rows):

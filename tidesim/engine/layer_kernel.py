@@ -408,6 +408,15 @@ def _mix(scores: Floats, values: Floats, num_values: int, out: Floats) -> None:
                 out[r, i] = out[r, i] + scores[r, s] * values[s, i]
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def _score(logits: Floats, bias: Floats, scores: Floats, choice: Floats) -> None:
+    """scores = sigmoid of logits, choice = scores + bias; all [E]."""
+    for e in range(len(logits)):
+        scores[e] = np.float32(1) / (np.float32(1) + kernel.exp(-logits[e]))
+    for e in range(len(logits)):
+        choice[e] = scores[e] + bias[e]
+
+
 @njit(nogil=True, cache=True)
 def _choose_row(
     logits: Floats,
@@ -421,16 +430,11 @@ def _choose_row(
     weights: Floats,
 ) -> None:
     """See `tidesim.engine.model.Router`: ids in descending score; ties go to the lower id."""
-    E, K, num_groups = len(bias), len(ids), len(groups)
-    size = E // num_groups
-    for e in range(E):
-        scores[e] = np.float32(1) / (np.float32(1) + kernel.exp(-logits[e]))
-        choice[e] = scores[e] + bias[e]
+    K, num_groups = len(ids), len(groups)
+    by_group = choice.reshape((num_groups, len(choice) // num_groups))
+    _score(logits, bias, scores, choice)
     for group in range(num_groups):
-        best = second = np.float32(-np.inf)
-        for e in range(group * size, (group + 1) * size):
-            second = max(second, min(best, choice[e]))
-            best = max(best, choice[e])
+        best, second = _two_best(by_group[group])
         groups[group] = best + second
     # A group is dropped if so many are better, or as good and before it.
     for group in range(num_groups):
@@ -439,16 +443,35 @@ def _choose_row(
             if groups[other] > groups[group] or (groups[other] == groups[group] and other < group):
                 num_better += 1
         if num_better >= top_groups:
-            choice[group * size : (group + 1) * size] = -np.inf
+            by_group[group] = -np.inf
+    # From here on, the best expert of each group.
+    for group in range(num_groups):
+        groups[group] = by_group[group].max()
     total = np.float32(0)
     for k in range(K):
-        top = _first_of_best(choice)
+        group = _first_of_best(groups)
+        place = _first_of_best(by_group[group])
+        top = group * by_group.shape[1] + place
         ids[k], weights[k] = top, scores[top]
         total += scores[top]
-        choice[top] = -np.inf
+        by_group[group, place] = -np.inf
+        groups[group] = by_group[group].max()
     for k in range(K):
         share = weights[k] / (total + np.float32(1e-20)) if K > 1 else weights[k]
         weights[k] = share * np.float32(scale)
+
+
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
+def _two_best(numbers: Floats) -> tuple[np.float32, np.float32]:
+    """The largest number and the next one, which may be as large."""
+    best = second = np.float32(-np.inf)
+    for i in range(len(numbers)):
+        best = max(best, numbers[i])
+    num_best = 0
+    for i in range(len(numbers)):
+        num_best += numbers[i] == best
+        second = max(second, numbers[i] if numbers[i] < best else np.float32(-np.inf))
+    return best, best if num_best > 1 else second
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
