@@ -280,7 +280,7 @@ class _Calibration:
         reason = "what this process may use" + (", less the memory of the emulated device" if kept else "")
         self._put_choice("host.memory_gib", _rounded((total - kept) / GIB), reason)
         self._put_choice("host.cores", self._settings.host_threads, "a choice: threads that compute on the host")
-        self._put("host.memory_gb_s", _bytes_per_s(curve[1], self._model, "weights at 1 row an expert"))
+        self._put("host.memory_gb_s", _weights(curve[1]))
         self._put("host.bf16_gflops", curve[most].with_value(curve[most].value, f"{most} rows an expert"))
         self._put("host.fp32_gflops", single.with_value(single.value, f"{most} rows an expert"))
         self._put("host.call_overhead_us", host.worker_call())
@@ -305,7 +305,7 @@ class _Calibration:
         self._put_choice("device.memory_gib", _rounded(memory_bytes / GIB), reason)
         head = f"lm_head {rates.head_bytes_per_s.value / 1e9:.3g} GB/s"
         self._put("device.memory_gb_s", rates.bytes_per_s.with_value(rates.bytes_per_s.value, f"1 row; {head}"))
-        self._put("device.experts_gb_s", _bytes_per_s(curve[1], model, "weights at 1 row an expert"))
+        self._put("device.experts_gb_s", _weights(curve[1]))
         head = f"{model.block_length} rows; lm_head {rates.head_flops_per_s.value / 1e9:.3g} GFLOP/s"
         self._put("device.bf16_tflops", rates.flops_per_s.with_value(rates.flops_per_s.value, head))
         self._put("device.grouped_tflops", curve[most].with_value(curve[most].value, f"{most} rows an expert"))
@@ -363,9 +363,9 @@ def _medians(passes: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, dict[s
     return merged
 
 
-def _bytes_per_s(rate: Measured, model: MoEConfig, note: str) -> Measured:
-    """Bytes/s of bf16 weights that were read for one row each, from the FLOP/s that this came to."""
-    return rate.with_value(rate.value / (2 * model.expert_params) * 2 * model.expert_params, note)
+def _weights(rate: Measured) -> Measured:
+    """Bytes/s of bf16 weights that were read for one row each: two bytes and two operations, so both rates are one."""
+    return rate.with_value(rate.value, "weights at 1 row an expert")
 
 
 def _origin(source: str) -> dict[str, str]:
