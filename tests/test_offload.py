@@ -1,6 +1,7 @@
 """The live engine: the same text wherever experts live, and the very decisions that the simulator makes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from engine_cases import SMALL, small_network
 from tidesim.engine import live as live_module
 from tidesim.engine.accelerator import grouped_product
 from tidesim.engine.checkpoint import Checkpoint, expert_weights, save_network
+from tidesim.engine.choice import by_hand
 from tidesim.engine.emulated import Pace
 from tidesim.engine.generate import Generation, Sampler, generate
 from tidesim.engine.live import DeviceSettings, LiveModel, engine_execution, open_model
@@ -27,8 +29,8 @@ from tidesim.hardware import Link, load_hardware
 from tidesim.policies import ForwardInfo, Policy, Shape, policy
 from tidesim.residency import Moves, Placement
 from tidesim.result import Decision
-from tidesim.simulator import simulate
 from tidesim.trace import Trace, TraceWriter
+from tidesim.validate.measuring import predict
 from tidesim.workload import ForwardKind
 
 B, MASK, END = 8, 2, 0
@@ -104,7 +106,7 @@ def expected(live: LiveModel) -> list[Generation]:
 def executions() -> list[Execution]:
     own = EXECUTIONS["overlapped"]
     changes: list[dict[str, Any]] = [{}, {"copies": "blocking"}, {"host": "serial"}, {"kv_cache": False}]
-    return [Execution(**{name: getattr(own, name) for name in own.__dataclass_fields__} | change) for change in changes]
+    return [replace(own, **change) for change in changes]
 
 
 @pytest.mark.parametrize("execution", executions(), ids=["background", "blocking", "serial", "uncached"])
@@ -141,17 +143,9 @@ def test_text_never_depends_on_where_experts_live_and_decisions_are_the_simulato
     ) as writer:
         for one in found:
             writer.append(one.sequence_routing())
-    predicted: list[Decision] = []
     with Trace.open(tmp_path / "live.h5") as trace:
-        result = simulate(
-            trace.workload(execution.context),
-            live.sizes,
-            load_hardware("rtx4090"),
-            made(),
-            budget=budget,
-            execution=execution,
-            decisions=predicted.append,
-        )
+        again = by_hand(made(), budget, execution, live)
+        result, predicted = predict(live, trace.workload(execution.context), load_hardware("rtx4090"), again)
     assert decisions == predicted
     assert (offload.hits, offload.misses) == (result.hits, result.misses)
     assert (offload.promotions, offload.evictions) == (result.promotions, result.evictions)

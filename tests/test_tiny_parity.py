@@ -1,6 +1,7 @@
 """The promises of the live engine, kept on the model that comes with the package: same text, same decisions."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,14 @@ from tidesim.hardware import load_hardware
 from tidesim.policies import Policy, policy
 from tidesim.result import Decision
 from tidesim.shipped import shipped_folder
-from tidesim.simulator import simulate
 from tidesim.trace import Trace
+from tidesim.validate.measuring import predict
 
 TINY = shipped_folder("models") / "llada2-tiny"
 PROMPTS = read_prompts(None, 1, is_chat=False)
 SAMPLER = Sampler(gen_length=40, steps=12)
 OVERLAPPED = EXECUTIONS["overlapped"]
-UNCACHED = Execution(
-    **{name: getattr(OVERLAPPED, name) for name in OVERLAPPED.__dataclass_fields__} | {"kv_cache": False}
-)
+UNCACHED = replace(OVERLAPPED, kv_cache=False)
 
 
 @pytest.fixture(scope="module", params=["cpu", "disk"])
@@ -70,16 +69,8 @@ def test_placement_changes_no_text_and_the_simulator_decides_the_same(
     session = Session(live, choice, machine="here", seed=0, decisions=decisions.append)
     outcome = session.answer(TINY, PROMPTS, SAMPLER, record=tmp_path / "live.h5")
     assert outcome.texts == expected
-    predicted: list[Decision] = []
     with Trace.open(tmp_path / "live.h5") as trace:
-        result = simulate(
-            trace.workload(execution.context),
-            live.sizes,
-            load_hardware("rtx4090"),
-            make(),
-            budget=budget,
-            execution=execution,
-            decisions=predicted.append,
-        )
+        again = by_hand(make(), budget, execution, live)
+        result, predicted = predict(live, trace.workload(execution.context), load_hardware("rtx4090"), again)
     assert decisions == predicted
     assert (outcome.result.hits, outcome.result.promotions) == (result.hits, result.promotions)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,7 @@ from tidesim.policies import policy
 from tidesim.shipped import find_shipped
 from tidesim.trace import Trace
 
-UNCACHED = Execution(
-    **{name: getattr(EXECUTIONS["emulated"], name) for name in EXECUTIONS["emulated"].__dataclass_fields__}
-    | {"kv_cache": False}
-)
+UNCACHED = replace(EXECUTIONS["emulated"], kv_cache=False)
 Matrices = list[tuple[Tensor, Tensor, Tensor]]
 
 
