@@ -85,8 +85,8 @@ class CpuLayer(Layer):
             _wide(attention.query_layernorm.weight),
             _wide(attention.key_layernorm.weight),
             kernel.stored(attention.dense.weight),
+            _wide(layer.post_attention_layernorm.weight),
         )
-        self._norm = _wide(layer.post_attention_layernorm.weight)
         gated = mlp.shared_experts if isinstance(mlp, MoE) else mlp
         maps = (gated.gate_proj, gated.up_proj, gated.down_proj)
         self._gated = GatedWeights(*(kernel.stored(each.weight) for each in maps))
@@ -106,7 +106,7 @@ class CpuLayer(Layer):
         T, eps = len(rows), config.rms_norm_eps
         space = self._workspace.make_room(T)
         rotation, context = Rotation(*(table.numpy() for table in rotary)), self._context(T, mask, cache, layer)
-        before = (rows, self._attention, self._norm, eps, rotation, context, space)
+        before = (rows, self._attention, eps, rotation, context, space)
         if not isinstance(self.mlp, MoE):
             num_products = T * (self._num_before + self._num_behind)
             cores.run(layer_kernel.run_dense_layer, num_products, *before, self._gated)

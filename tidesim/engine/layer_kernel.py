@@ -27,13 +27,14 @@ _ROWS = 8  # tokens of one tile
 
 
 class AttentionWeights(NamedTuple):
-    """norm [D], query_key_value [(H + 2 G) C, D], query_norm and key_norm [C], out [D, H C]."""
+    """norm [D], query_key_value [(H + 2 G) C, D], query_norm, key_norm [C], out [D, H C], next_norm [D] behind it."""
 
     norm: Floats
     query_key_value: Stored
     query_norm: Floats
     key_norm: Floats
     out: Stored
+    next_norm: Floats
 
 
 class RouterWeights(NamedTuple):
@@ -89,7 +90,6 @@ def attend_and_route(
     progress: Progress,
     x: Floats,
     attention: AttentionWeights,
-    norm: Floats,
     eps: float,
     rotation: Rotation,
     context: Context,
@@ -103,7 +103,6 @@ def attend_and_route(
 ) -> None:
     """Attention is added to x [T, D]; space.normed is what experts get, ids and weights [T, K] the router's choice."""
     _attend(progress, x, attention, eps, rotation, context, space)
-    _add_and_normalize(progress, 5, x, space.added, norm, eps, space.normed)
     _map(progress, 6, router.map, space.normed, len(x), space.logits)
     choose_experts(progress, 7, space.logits, router.bias, num_groups, top_groups, scale, ids, weights)
 
@@ -113,7 +112,6 @@ def run_dense_layer(
     progress: Progress,
     x: Floats,
     attention: AttentionWeights,
-    norm: Floats,
     eps: float,
     rotation: Rotation,
     context: Context,
@@ -122,7 +120,6 @@ def run_dense_layer(
 ) -> None:
     """Attention and a gated MLP are added to x [T, D]."""
     _attend(progress, x, attention, eps, rotation, context, space)
-    _add_and_normalize(progress, 5, x, space.added, norm, eps, space.normed)
     _gate(progress, 6, mlp, space, len(x))
     _map(progress, 7, mlp.down, space.gates, len(x), space.added)
     _add(progress, 8, space.added, x)
@@ -239,7 +236,7 @@ def _attend(
     context: Context,
     space: Space,
 ) -> None:
-    """Phases 0 to 4: space.added = what attention adds to x."""
+    """Phases 0 to 5: attention is added to x, and space.normed is x as what comes next takes it."""
     T, G, C = len(x), len(context.keys), context.keys.shape[2]
     H = space.mixed.shape[1] // C
     _normalize(progress, 0, x, attention.norm, eps, space.normed)
@@ -271,6 +268,7 @@ def _attend(
     wait_for(progress, 3, num_tiles)
 
     _map(progress, 4, attention.out, space.mixed, T, space.added)
+    _add_and_normalize(progress, 5, x, space.added, attention.next_norm, eps, space.normed)
 
 
 @njit(nogil=True, cache=True)
