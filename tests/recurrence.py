@@ -56,8 +56,8 @@ def timed_by_hand(workload, model, hardware, policy, budgets, execution, stretch
     `stretch` has a factor for each resource whose work takes longer.
     """
     costs = Costs(model, hardware, execution, int(workload.tokens.max()))
-    shape = Shape(model.num_experts, tuple(budgets))
-    residency = Residency(model.num_experts, budgets, policy.initial(shape))
+    start = policy.initial(Shape(model.num_experts, tuple(budgets), costs))
+    residency = Residency(model.num_experts, budgets, start, is_pooled=policy.scope == "network")
     clock = Clock(model.num_layers, stretch)
     one = [slice(index, index + 1) for index in range(workload.num_forwards)]
     for index in range(workload.num_forwards):
@@ -83,58 +83,86 @@ def timed_by_hand(workload, model, hardware, policy, budgets, execution, stretch
 
 
 def run_layer(clock, costs, residency, policy, info, layer, counts):
-    used, resident = costs.execution, residency.is_resident(layer)
+    used, everybody = costs.execution, residency.everybody
     is_background = used.copies == "background"
+    policy.observe(info, layer, counts, everybody)
     if not is_background:
-        moves = policy.refresh(info, layer, counts, resident)
-        residency.apply(layer, moves)
-        for direction, experts, duration in (
-            ("d2h", moves.evict, costs.evict_ns),
-            ("h2d", moves.promote, costs.promote_ns),
-        ):
-            for _ in experts:
-                clock.wait(layer, "copy_wait", clock.copy(direction, clock.now, duration))
-    hit = np.flatnonzero((counts > 0) & resident)
-    missed = np.flatnonzero((counts > 0) & ~resident)
+        move_now(clock, costs, residency, layer, policy.refresh(info, layer, counts, everybody), layer)
+    hit = np.flatnonzero((counts > 0) & everybody[layer])
+    missed = np.flatnonzero((counts > 0) & ~everybody[layer]).tolist()
     needed = max((clock.arrivals[layer].get(expert, 0) for expert in hit.tolist()), default=0)
     kernels = costs.experts_ns(int(costs.loop_ns[counts[hit]].sum()), len(hit), int(counts[hit].sum()))
-    if policy.miss_action == "fetch":
-        fetch(clock, costs, residency, policy, info, layer, counts, missed.tolist(), needed, kernels)
-    else:
-        pairs = int(counts[missed].sum())
-        host = costs.host_expert_ns[counts[missed]].sum() + int(costs.host_call_ns(min(info.tokens, pairs), pairs))
-        host = clock.slow("host", host)
-        start = clock.now
-        clock.wait(layer, "copy_wait", needed)
-        clock.compute(layer, "device", *kernels)
-        start = start if used.host == "parallel" else clock.now
-        clock.uses["host"].append((start, start + host))
-        clock.wait(layer, "host_wait", start + host)
-    if is_background:
-        moves = policy.refresh(info, layer, counts, resident)
-        for swap in residency.apply(layer, moves):
-            ready = clock.now
-            if swap.evict is not None:
-                arrival = clock.arrivals[layer].pop(swap.evict, 0)
-                if costs.evict_bytes:
-                    ready = clock.copy("d2h", max(ready, arrival), costs.evict_ns)
-            if swap.promote is not None:
-                clock.arrivals[layer][swap.promote] = clock.copy("h2d", ready, costs.promote_ns)
-
-
-def fetch(clock, costs, residency, policy, info, layer, counts, missed, needed, kernels):
-    moves = policy.fetch(info, layer, missed, counts, residency.is_resident(layer))
-    is_background = costs.execution.copies == "background"
+    serving = policy.serve(info, layer, missed, counts, everybody)
+    on_host = [expert for expert in missed if expert not in serving.keep.promote + serving.drop]
     start = clock.now
     clock.wait(layer, "copy_wait", needed)
     clock.compute(layer, "device", *kernels)
-    ran = {expert: clock.now for expert in moves.evict if counts[expert] and expert not in moves.promote}
-    for swap in residency.fetch(layer, moves):
-        ready = max(start, ran.get(swap.evict, 0)) if is_background else clock.now
+    ran = {(layer, expert): clock.now for expert in hit.tolist()}
+    bring = (residency.fetch(layer, serving.keep), serving.drop, policy.scratch)
+    for expert, swap_ready, is_dropped in fetches(clock, costs, residency, layer, start, ran, bring, is_background):
+        arrival = clock.copy("h2d", swap_ready, costs.promote_ns)
+        if expert in missed:
+            clock.wait(layer, "copy_wait", arrival)
+            clock.compute(layer, "device", *costs.alone_ns(int(costs.loop_ns[counts[expert]])))
+        elif not is_background:
+            clock.wait(layer, "copy_wait", arrival)
+        elif not is_dropped:
+            clock.arrivals[layer][expert] = arrival
+        ran[layer, expert] = clock.now
+    ask_host(clock, costs, layer, counts[on_host], start if used.host == "parallel" else clock.now, info)
+    for there, moves in policy.ahead(info, layer, counts, everybody):
+        if is_background:
+            move_later(clock, costs, residency, there, moves, start, ran)
+        else:
+            move_now(clock, costs, residency, there, moves, layer)
+    if is_background:
+        moves = policy.refresh(info, layer, counts, everybody)
+        move_later(clock, costs, residency, layer, moves, clock.now, {})
+
+
+def fetches(clock, costs, residency, layer, start, ran, bring, is_background):
+    """Each fetched expert, when its copy may start, and whether it is dropped; `ran` grows meanwhile."""
+    swaps, drop, scratch = bring
+    for swap in swaps:
+        ready = start if is_background else clock.now
         if swap.evict is not None:
-            ready = max(ready, clock.arrivals[layer].pop(swap.evict, 0))
+            victim = residency.victim(layer, swap.evict)
+            ready = max(ready, ran.get(victim, 0) if is_background else 0, clock.arrivals[victim[0]].pop(victim[1], 0))
             if costs.evict_bytes:
                 ready = clock.copy("d2h", ready, costs.evict_ns)
-        clock.wait(layer, "copy_wait", clock.copy("h2d", ready, costs.promote_ns))
-        clock.compute(layer, "device", *costs.alone_ns(int(costs.loop_ns[counts[swap.promote]])))
-        ran[swap.promote] = clock.now
+        yield swap.promote, ready, False
+    for number, expert in enumerate(drop):
+        free = ran[layer, drop[number - scratch]] if number >= scratch else 0
+        yield expert, max(start, free) if is_background else clock.now, True
+
+
+def ask_host(clock, costs, layer, rows, start, info):
+    pairs = int(rows.sum())
+    if not pairs:
+        return
+    host = costs.host_expert_ns[rows].sum() + int(costs.host_call_ns(min(info.tokens, pairs), pairs))
+    host = clock.slow("host", host)
+    clock.uses["host"].append((start, start + host))
+    clock.wait(layer, "host_wait", start + host)
+
+
+def move_now(clock, costs, residency, layer, moves, waiting):
+    residency.apply(layer, moves)
+    for direction, experts, duration in (
+        ("d2h", moves.evict, costs.evict_ns),
+        ("h2d", moves.promote, costs.promote_ns),
+    ):
+        for _ in experts:
+            clock.wait(waiting, "copy_wait", clock.copy(direction, clock.now, duration))
+
+
+def move_later(clock, costs, residency, layer, moves, start, ran):
+    for swap in residency.apply(layer, moves):
+        ready = start
+        if swap.evict is not None:
+            victim = residency.victim(layer, swap.evict)
+            ready = max(ready, ran.get(victim, 0), clock.arrivals[victim[0]].pop(victim[1], 0))
+            if costs.evict_bytes:
+                ready = clock.copy("d2h", ready, costs.evict_ns)
+        if swap.promote is not None:
+            clock.arrivals[layer][swap.promote] = clock.copy("h2d", ready, costs.promote_ns)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+from erratic import Erratic
 from hypothesis import strategies as st
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
@@ -53,7 +54,7 @@ def cases(draw: st.DrawFn):
     counts = (picks[..., None] == np.arange(8)).sum(axis=(2, 3))
     kinds = "".join(draw(st.lists(st.sampled_from("ddddcp"), min_size=num_forwards, max_size=num_forwards)))
     workload = toy_workload(*counts, kinds=kinds, first_block=draw(st.booleans()))
-    name = draw(st.sampled_from(sorted(POLICIES)))
+    name = draw(st.sampled_from([*sorted(POLICIES), "erratic", "erratic"]))
     budgets = (
         [8] * num_layers
         if name == "all-device"
@@ -62,6 +63,8 @@ def cases(draw: st.DrawFn):
     params = {"popularity": counts.sum(axis=0)} if name == "static" else {}
     if name.startswith("tide"):
         params = {"refresh_interval": draw(st.integers(1, 3))}
+    if name == "erratic":
+        params = {"scope": draw(st.sampled_from(["layer", "network"])), "scratch": draw(st.integers(1, 3))}
     choices = {
         "is_pinned": st.booleans(),
         "copies": st.sampled_from(["blocking", "background"]),
@@ -81,13 +84,17 @@ def cases(draw: st.DrawFn):
     return workload, replace(TOY, num_layers=num_layers), machine, (name, params), budgets, used
 
 
+def make_policy(name, params):
+    return Erratic(**params) if name == "erratic" else policy(name, **params)
+
+
 def run_case(case, **changes):
     workload, model, machine, (name, params), budgets, used = case
     return simulate(
         workload,
         model,
         changes.get("machine", machine),
-        policy(name, **params),
+        make_policy(name, params),
         budget=budgets,
         execution=used,
         decisions=changes.get("decisions"),

@@ -9,11 +9,10 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrence import timed_by_hand
-from simulator_cases import MIXED, SWAPPED, cases, hardware, parts, play, run_case
+from simulator_cases import MIXED, SWAPPED, cases, hardware, make_policy, parts, play, run_case
 from toy import toy_hardware
 
 from tidesim.hardware import Contention
-from tidesim.policies import policy
 from tidesim.simulator.contention import SharedMemory
 
 WHO = {"device": "device", "host": "host", "h2d": "copies", "d2h": "copies"}
@@ -264,7 +263,7 @@ def test_contention_never_speeds_a_run_up_nor_slows_it_below_its_lowest_speeds(c
     result = run_contended(case, contention)
     lowest = {resource: 10**12 / Fraction(millionths(contention, resource, set(WHO))) for resource in WHO}
     for stretch, sign in (({}, 1), (lowest, -1)):
-        times, _ = timed_by_hand(workload, model, machine, policy(name, **params), budgets, used, stretch)
+        times, _ = timed_by_hand(workload, model, machine, make_policy(name, params), budgets, used, stretch)
         assert sign * result.makespan_ns >= sign * sum(map(sum, times))
 
 

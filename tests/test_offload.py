@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 import torch
 from accelerator_stand_in import StandIn
 from engine_cases import SMALL, small_network
+from erratic import Erratic
 
 from tidesim.engine import live as live_module
 from tidesim.engine.accelerator import grouped_product
@@ -47,6 +48,8 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "tide, every third": lambda: policy("tide", refresh_interval=3),
     "tide-as-coded, every second": lambda: policy("tide-as-coded", refresh_interval=2),
     "tide-as-coded, by layer": lambda: policy("tide-as-coded", refresh_interval=(1, 4)),
+    "erratic": lambda: Erratic("layer", scratch=1),
+    "erratic, all layers' slots": lambda: Erratic("network", scratch=2),
 }
 
 
@@ -153,13 +156,14 @@ def test_text_never_depends_on_where_experts_live_and_decisions_are_the_simulato
 
 def test_slots_hold_the_experts_that_the_map_says(live: LiveModel, folder: Path) -> None:
     execution = EXECUTIONS["overlapped"]
-    for made in (policy("lru"), policy("tide-as-coded", refresh_interval=1)):
+    for made in (policy("lru"), policy("tide-as-coded", refresh_interval=1), Erratic(), Erratic("network")):
         with live.start(made, [11] * L, execution) as offload:
             answers(live, offload)
             for layer in range(L):
                 resident = np.flatnonzero(offload.slots[layer] >= 0)
                 np.testing.assert_array_equal(resident, np.flatnonzero(offload.residency.is_resident(layer)))
-                assert len(set(offload.slots[layer][resident])) == len(resident) <= 11
+                assert len(set(offload.slots[layer][resident])) == len(resident)
+                assert len(resident) <= 11 or made.scope == "network"
             slabs, slots = offload.backend.slabs, offload.slots
         # Closed, hence every copy is done.
         checkpoint = Checkpoint(folder)
@@ -167,7 +171,8 @@ def test_slots_hold_the_experts_that_the_map_says(live: LiveModel, folder: Path)
             weights = expert_weights(checkpoint, SMALL, SMALL.first_k_dense_replace + layer)
             for expert in np.flatnonzero(slots[layer] >= 0).tolist():
                 stored = torch.cat([matrix.flatten() for matrix in weights[expert]])
-                assert torch.equal(slabs[layer][slots[layer][expert]].to(stored.dtype), stored)
+                slab = slabs[0] if made.scope == "network" else slabs[layer]
+                assert torch.equal(slab[slots[layer][expert]].to(stored.dtype), stored)
 
 
 def test_text_does_not_depend_on_the_number_of_threads(folder: Path) -> None:
@@ -203,7 +208,6 @@ class Restless(Policy):
     """Swaps four experts in every forward, whoever is used: hard on slots and copies. About as long as policies get."""
 
     name = "restless"
-    miss_action = "host"
 
     def initial(self, shape: Shape) -> Placement:
         self.budgets = shape.budgets
@@ -211,7 +215,8 @@ class Restless(Policy):
 
     def refresh(self, forward: ForwardInfo, layer: int, counts: np.ndarray, is_resident: np.ndarray) -> Moves:
         rng = np.random.default_rng([forward.index, layer])
-        there, away = rng.permutation(np.flatnonzero(is_resident)), rng.permutation(np.flatnonzero(~is_resident))
+        mine = is_resident[layer]
+        there, away = rng.permutation(np.flatnonzero(mine)), rng.permutation(np.flatnonzero(~mine))
         num_out = min(4, len(there))
         num_in = min(4, len(away), self.budgets[layer] - len(there) + num_out)
         return Moves(tuple(away[:num_in].tolist()), tuple(there[:num_out].tolist()))

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidesim.errors import BudgetError, InputError
-from tidesim.policies import POLICIES, ForwardInfo, Policy, Shape, TideAsCoded, policy
-from tidesim.residency import Moves, Residency
+from tidesim.policies import POLICIES, ForwardInfo, Policy, Shape, policy
+from tidesim.residency import Residency
 from tidesim.workload import ForwardKind
 
 # A step of a run: which forward, and how many tokens each expert of each layer got, [L, E].
@@ -29,23 +29,22 @@ def run(policy: Policy, budgets: Sequence[int], steps: Iterable[Step], *, is_bac
     log = []
 
     def refresh(info, layer, counts):
-        moves = policy.refresh(info, layer, counts, residency.is_resident(layer))
+        moves = policy.refresh(info, layer, counts, residency.everybody)
         residency.apply(layer, moves)
         return [moves]
 
-    def fetch(info, layer, counts):
-        if policy.miss_action == "host":
-            return []
+    def serve(info, layer, counts):
         missed = np.flatnonzero((counts > 0) & ~residency.is_resident(layer)).tolist()
-        moves = policy.fetch(info, layer, missed, counts, residency.is_resident(layer))
-        assert sorted(moves.promote) == missed
-        residency.fetch(layer, moves)
-        return [moves]
+        serving = policy.serve(info, layer, missed, counts, residency.everybody)
+        serving.check(layer, policy.scratch)
+        residency.fetch(layer, serving.keep)
+        return [serving.keep]
 
     for info, table in steps:
         for layer, counts in enumerate(table):
             counts.flags.writeable = False
-            parts = (fetch, refresh) if is_background else (refresh, fetch)
+            policy.observe(info, layer, counts, residency.everybody)
+            parts = (serve, refresh) if is_background else (refresh, serve)
             for moves in [moves for part in parts for moves in part(info, layer, counts)]:
                 if moves:
                     log.append((info.index, layer, moves.promote, moves.evict))
@@ -113,12 +112,9 @@ def test_lru_fetches_misses_in_order_and_evicts_the_least_recently_used():
 
 
 def test_lru_fetches_into_free_slots_only_while_there_are_some():
-    lru = policy("lru")
-    lru.initial(Shape(6, (2,)))
-    is_resident = np.array([True, True, False, False, False, False])
-    counts = np.array([0, 1, 1, 1, 1, 0], np.int32)
     # More misses than slots: after 0 and 1 the victims are experts fetched in this very forward.
-    assert lru.fetch(forward(), 0, [2, 3, 4], counts, is_resident) == Moves((2, 3, 4), (0, 1, 2))
+    log, _ = run(policy("lru"), [2], [(forward(), np.array([[0, 1, 1, 1, 1, 0]], np.int32))])
+    assert log == [(0, 0, (2, 3, 4), (0, 1, 2))]
 
 
 def test_static_takes_the_most_popular_of_each_layer_and_never_moves():
@@ -173,11 +169,6 @@ def test_popularity_of_another_shape_is_refused():
 def test_lru_needs_a_slot_to_fetch_into():
     with pytest.raises(BudgetError, match="must be >= 1"):
         policy("lru").initial(Shape(4, (1, 0)))
-
-
-def test_policies_that_compute_on_the_host_fetch_nothing():
-    with pytest.raises(NotImplementedError, match="fetches nothing"):
-        policy("all-host").fetch(forward(), 0, [], np.zeros(4, np.int32), np.zeros(4, bool))
 
 
 # --- the contract that every policy keeps ---
@@ -242,7 +233,7 @@ def test_a_budget_of_all_experts_needs_no_moves(name, case):
 def test_the_object_says_what_it_is(name):
     made = make(name, one_layer(*TRACE))
     assert made.name == name
-    assert made.miss_action in ("host", "fetch")
+    assert made.miss_action in ("host", "fetch", "split")
     assert (made.refresh_interval is None) == (not name.startswith("tide"))
 
 
@@ -320,7 +311,7 @@ def test_tide_as_coded_evicts_as_the_description_says(budget):
     rng = np.random.default_rng(budget)
     # Some forwards touch few experts, so that the targets are fewer than the budget.
     counts = rng.poisson(rng.choice([0.2, 1.0, 4.0], (60, 1)), (60, 256)).astype(np.int32)
-    log, _ = run(TideAsCoded(), [budget], [(forward(i), row[None]) for i, row in enumerate(counts)])
+    log, _ = run(policy("tide-as-coded"), [budget], [(forward(i), row[None]) for i, row in enumerate(counts)])
     expected = [(i, 0, tuple(p), tuple(e)) for i, (p, e) in enumerate(moves_by_the_description(counts, budget)) if p]
     assert log == expected
     assert len(log) > 40

@@ -24,6 +24,7 @@ def test_a_timeline_keeps_every_interval_on_its_resources_track(tmp_path: Path) 
         hits=1,
         misses=0,
         promotions=1,
+        drops=0,
         evictions=0,
         num_copies=1,
         h2d_bytes=10,

@@ -21,6 +21,7 @@ PLAIN = RunResult(
     hits=30,
     misses=10,
     promotions=3,
+    drops=0,
     evictions=2,
     num_copies=3,
     h2d_bytes=72,
@@ -46,7 +47,16 @@ def test_json_holds_every_setting_and_metric():
     content = json.loads(PLAIN.to_json())
     assert set(content) == {
         *("tok_per_s", "makespan_s", "num_forwards", "generated_tokens", "hit_rate", "hits", "misses", "promotions"),
-        *("evictions", "num_copies", "h2d_bytes", "d2h_bytes", "breakdown_s", "breakdown_by_layer_s", "busy_share"),
+        *(
+            "evictions",
+            "drops",
+            "num_copies",
+            "h2d_bytes",
+            "d2h_bytes",
+            "breakdown_s",
+            "breakdown_by_layer_s",
+            "busy_share",
+        ),
         *("policy", "budget", "refresh_interval", "execution", "context", "hardware", "model", "trace_origin", "seed"),
         *("is_measured", "version"),
     }
@@ -82,8 +92,9 @@ def test_the_version_is_filled_in():
 
 
 def test_a_decision_is_one_line():
-    line = '{"forward": 3, "layer": 1, "promote": [5, 2], "evict": [0], "hits": 7, "misses": 1}'
-    assert Decision(3, 1, (5, 2), (0,), 7, 1).to_json() == line
+    line = '{"forward": 3, "layer": 1, "promote": [5, 2], "evict": [0], "hits": 7, "misses": 1, '
+    line += '"drop": [6], "ahead": [[2, [4], [1]]]}'
+    assert Decision(3, 1, (5, 2), (0,), 7, 1, (6,), ((2, (4,), (1,)),)).to_json() == line
 
 
 def test_equal_budgets_are_reported_once():

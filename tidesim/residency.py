@@ -66,6 +66,11 @@ class Placement:
             raise InputError("a placement must hold whole numbers only: the ids of the resident experts.")
         return cls.of(experts)
 
+    @property
+    def num_experts(self) -> int:
+        """Experts on the device, over all layers."""
+        return sum(map(len, self.experts))
+
     def to_json(self) -> list[list[int]]:
         """One list of ids per layer, ready for `json.dumps`."""
         return [list(ids) for ids in self.experts]
@@ -93,45 +98,63 @@ def check_budgets(budgets: Sequence[int], num_experts: int) -> None:
 
 
 class Residency:
-    """Who is on the device now, layer by layer, never more than the budget.
+    """Who is on the device now, never more than the budget.
 
     Parameters
     ----------
     num_experts : E.
     budgets : slots of each layer, [L].
     placement : who is resident at the start.
+    is_pooled : whether all layers share the sum of the slots. A victim may then be of any layer, and moves name expert
+        e of layer l as l * E + e where they evict it. Promotions are always of the layer that the moves are for.
 
     Raise BudgetError if a budget exceeds E, ValueError if `placement` has another shape or exceeds a budget.
     """
 
-    def __init__(self, num_experts: int, budgets: Sequence[int], placement: Placement) -> None:
+    def __init__(
+        self, num_experts: int, budgets: Sequence[int], placement: Placement, *, is_pooled: bool = False
+    ) -> None:
         check_budgets(budgets, num_experts)
         if len(placement.experts) != len(budgets):
             raise ValueError(f"placement has {len(placement.experts)} layers, but there are {len(budgets)} budgets.")
         self.num_experts = num_experts
         self.budgets = tuple(budgets)
+        self.is_pooled = is_pooled
         self._is_resident = np.zeros((len(budgets), num_experts), np.bool_)
-        self._num_resident = [0] * len(budgets)
+        # One pool of slots for each layer, or one for all; of each, its slots and how many are taken.
+        self._slots = [sum(budgets)] if is_pooled else list(budgets)
+        self._num_taken = [0] * len(self._slots)
         for layer, ids in enumerate(placement.experts):
             self.apply(layer, Moves(promote=ids))
-        self._views = [self._read_only(layer) for layer in range(len(budgets))]
+        self._everybody = self._is_resident.view()
+        self._everybody.flags.writeable = False
 
     @property
     def num_layers(self) -> int:
         """L."""
         return len(self.budgets)
 
+    @property
+    def everybody(self) -> npt.NDArray[np.bool_]:
+        """Whether each expert of each layer is on the device, [L, E]: a read-only view that follows later moves."""
+        return self._everybody
+
     def is_resident(self, layer: int) -> npt.NDArray[np.bool_]:
         """Whether each expert of `layer` is on the device, [E]: a read-only view that follows later moves."""
-        return self._views[layer]
+        view: npt.NDArray[np.bool_] = self._everybody[layer]
+        return view
 
     def num_resident(self, layer: int) -> int:
         """Experts of `layer` on the device."""
-        return self._num_resident[layer]
+        return int(np.count_nonzero(self._is_resident[layer]))
 
     def placement(self) -> Placement:
         """Who is on the device now, as a fixed choice."""
         return Placement(tuple(tuple(np.flatnonzero(row).tolist()) for row in self._is_resident))
+
+    def victim(self, layer: int, expert: int) -> tuple[int, int]:
+        """(layer, expert within it) of the victim that moves for `layer` name as `expert`."""
+        return divmod(expert, self.num_experts) if self.is_pooled else (layer, expert)
 
     def apply(self, layer: int, moves: Moves) -> tuple[Swap, ...]:
         """Do the moves of a refresh: all evictions, then all promotions.
@@ -140,7 +163,7 @@ class Residency:
         which. Evictions that nobody follows come last. Raise ValueError if a move does not fit: an id out of
         range, an eviction of an absent or a promotion of a resident expert, or more residents than the budget.
         """
-        num_free = self.budgets[layer] - self._num_resident[layer]
+        num_free = self._num_free(layer)
         for expert in moves.evict:
             self._evict(layer, expert)
         for expert in moves.promote:
@@ -153,7 +176,7 @@ class Residency:
         So an expert fetched early may be a victim later in the same moves. Raise ValueError as `apply` does, and
         if there are more or fewer victims than promotions without a free slot.
         """
-        swaps = _pair(moves, self.budgets[layer] - self._num_resident[layer])
+        swaps = _pair(moves, self._num_free(layer))
         if any(swap.promote is None for swap in swaps):
             raise ValueError(
                 f"layer {layer}: evict(={moves.evict}) must name one victim per fetch without a free slot."
@@ -165,32 +188,35 @@ class Residency:
                 self._promote(layer, swap.promote)
         return swaps
 
+    def _pool(self, layer: int) -> int:
+        return 0 if self.is_pooled else layer
+
+    def _num_free(self, layer: int) -> int:
+        pool = self._pool(layer)
+        return self._slots[pool] - self._num_taken[pool]
+
     def _evict(self, layer: int, expert: int) -> None:
-        self._check_id(layer, expert)
-        if not self._is_resident[layer, expert]:
-            raise ValueError(f"layer {layer}: expert {expert} cannot be evicted, it is not on the device.")
-        self._is_resident[layer, expert] = False
-        self._num_resident[layer] -= 1
+        self._check_id(layer, expert, self.num_layers if self.is_pooled else 1)
+        place = self.victim(layer, expert)
+        if not self._is_resident[place]:
+            raise ValueError(f"layer {place[0]}: expert {place[1]} cannot be evicted, it is not on the device.")
+        self._is_resident[place] = False
+        self._num_taken[self._pool(layer)] -= 1
 
     def _promote(self, layer: int, expert: int) -> None:
-        self._check_id(layer, expert)
+        self._check_id(layer, expert, 1)
         if self._is_resident[layer, expert]:
             raise ValueError(f"layer {layer}: expert {expert} cannot be promoted, it is on the device already.")
-        if self._num_resident[layer] == self.budgets[layer]:
-            raise ValueError(
-                f"layer {layer}: no slot is left for expert {expert}, budget(={self.budgets[layer]}) is full."
-            )
+        if not self._num_free(layer):
+            slots = self._slots[self._pool(layer)]
+            raise ValueError(f"layer {layer}: no slot is left for expert {expert}, budget(={slots}) is full.")
         self._is_resident[layer, expert] = True
-        self._num_resident[layer] += 1
+        self._num_taken[self._pool(layer)] += 1
 
-    def _check_id(self, layer: int, expert: int) -> None:
-        if not 0 <= expert < self.num_experts:
-            raise ValueError(f"layer {layer}: expert(={expert}) must be in 0..{self.num_experts - 1}.")
-
-    def _read_only(self, layer: int) -> npt.NDArray[np.bool_]:
-        view: npt.NDArray[np.bool_] = self._is_resident[layer]
-        view.flags.writeable = False
-        return view
+    def _check_id(self, layer: int, expert: int, num_layers: int) -> None:
+        stop = num_layers * self.num_experts
+        if not 0 <= expert < stop:
+            raise ValueError(f"layer {layer}: expert(={expert}) must be in 0..{stop - 1}.")
 
 
 def _pair(moves: Moves, num_free: int) -> tuple[Swap, ...]:

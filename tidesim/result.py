@@ -32,7 +32,11 @@ def tool_version() -> str:
 
 
 class Decision(NamedTuple):
-    """What was decided in one MoE layer of one forward; ids in the order moved."""
+    """What was decided in one MoE layer of one forward; ids in the order moved.
+
+    Where all layers share their slots, `evict` names expert e of layer l as l * E + e. `drop` are the experts that were
+    fetched for this forward only. `ahead` has (layer, promote, evict) for each layer that was moved in besides.
+    """
 
     forward: int
     layer: int
@@ -40,6 +44,8 @@ class Decision(NamedTuple):
     evict: tuple[int, ...]
     hits: int
     misses: int
+    drop: tuple[int, ...] = ()
+    ahead: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
 
     def to_json(self) -> str:
         """One JSON object on one line, the same from the simulator and from the engine."""
@@ -70,6 +76,7 @@ class RunResult:
     generated_tokens : tokens of the answers, over all sequences.
     hits, misses : routed (token, expert) pairs whose expert was, or was not, resident when its layer ran.
     promotions, evictions : moves decided, whether or not their copies were done when the run ended.
+    drops : experts that were copied in for one forward only and forgotten; they are no promotions.
     num_copies : copies of expert weights that these moves take, in either direction.
     h2d_bytes, d2h_bytes : bytes of those copies; rows of tokens are not counted.
     makespan_ns : from the start of the first forward to the end of the last, experts of the start already loaded.
@@ -96,6 +103,7 @@ class RunResult:
     misses: int
     promotions: int
     evictions: int
+    drops: int
     num_copies: int
     h2d_bytes: int
     d2h_bytes: int
@@ -154,7 +162,7 @@ class RunResult:
     def to_dict(self) -> dict[str, object]:
         """Every setting and metric by name, ready for JSON or a row of a table."""
         metrics = ("tok_per_s", "makespan_s", "num_forwards", "generated_tokens", "hit_rate", "hits", "misses")
-        moves = ("promotions", "evictions", "num_copies", "h2d_bytes", "d2h_bytes")
+        moves = ("promotions", "evictions", "drops", "num_copies", "h2d_bytes", "d2h_bytes")
         times = ("breakdown_s", "breakdown_by_layer_s", "busy_share")
         what = ("policy", "budget", "refresh_interval", "execution", "context", "hardware", "model")
         origin = ("trace_origin", "is_measured", "seed", "version")

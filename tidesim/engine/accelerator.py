@@ -86,10 +86,11 @@ class _Layout(NamedTuple):
 
 
 class _Missed(NamedTuple):
-    """Work under way on the host, and the batch that it belongs to."""
+    """Work under way on the host, where its results will be, and which pairs of the batch they belong to."""
 
     done: Future[None]
-    batch: Batch
+    back: Tensor
+    pairs: slice | Ints
 
 
 class AcceleratorBackend:
@@ -126,19 +127,19 @@ class AcceleratorBackend:
 
     # --- slots and copies ---
 
-    def open_slots(self, budgets: Sequence[int]) -> None:
+    def open_slots(self, slabs: Sequence[int]) -> None:
         """See `offload.Backend`."""
         numel = expert_numel(self._config)
-        shapes = [(budget, numel) for budget in budgets]
+        shapes = [(num_slots, numel) for num_slots in slabs]
         self.slabs = [torch.empty(shape, dtype=self._weights.dtype, device=self._calls.device) for shape in shapes]
 
-    def copy(self, layer: int, expert: int, slot: int) -> Any:
+    def copy(self, layer: int, expert: int, slab: int, slot: int) -> Any:
         """See `offload.Backend`. An arrival is an event of the copy stream."""
         calls = self._calls
         calls.wait(self._copy_stream, calls.record(calls.current_stream()))
         with calls.on(self._copy_stream):
             start = calls.record(self._copy_stream)
-            self.slabs[layer][slot].copy_(self._weights.layers[layer][expert], non_blocking=True)
+            self.slabs[slab][slot].copy_(self._weights.layers[layer][expert], non_blocking=True)
             arrival = calls.record(self._copy_stream)
         self._copies.append((start, arrival))
         return arrival
@@ -159,21 +160,21 @@ class AcceleratorBackend:
         ids: Ints = expert_ids.cpu().numpy()
         return ids
 
-    def run_residents(self, layer: int, batch: Batch) -> None:
+    def run_residents(self, slab: int, batch: Batch) -> None:
         """See `offload.Backend`."""
         layout = self._lay_out(batch)
         if batch.num_hits:
             rows = batch.x.index_select(0, layout.tokens)  # [num_hits, D]
-            self._outputs[: batch.num_hits] = self._run(rows, self.slabs[layer], layout.ends)
+            self._outputs[: batch.num_hits] = self._run(rows, self.slabs[slab], layout.ends)
 
-    def run_fetched(self, layer: int, batch: Batch, expert: int, slot: int) -> None:
+    def run_fetched(self, batch: Batch, expert: int, slab: int, slot: int) -> None:
         """See `offload.Backend`."""
         self._lay_out(batch)
         begin, end = batch.pairs.first[batch.num_slots + expert : batch.num_slots + expert + 2].tolist()
         tokens = torch.from_numpy(batch.pairs.tokens[begin:end]).to(self._calls.device, non_blocking=True)
         ends = torch.full((1,), end - begin, dtype=torch.int32, device=self._calls.device)
-        slab = self.slabs[layer][slot : slot + 1]
-        self._outputs[begin:end] = self._run(batch.x.index_select(0, tokens), slab, ends)
+        alone = self.slabs[slab][slot : slot + 1]
+        self._outputs[begin:end] = self._run(batch.x.index_select(0, tokens), alone, ends)
 
     def _run(self, rows: Tensor, slab: Tensor, ends: Tensor) -> Tensor:
         """Outputs [n, D] of rows [n, D] that are sorted by slot; the rows of slot i end at ends[i]."""
@@ -195,37 +196,39 @@ class AcceleratorBackend:
             self._layout = _Layout(*(part.to(device, non_blocking=True) for part in parts))
         return self._layout
 
-    def start_missed(self, layer: int, batch: Batch) -> _Missed:
+    def start_missed(self, layer: int, batch: Batch, experts: Ints) -> _Missed:
         """See `offload.Backend`. Rows travel on a stream of their own, so that the device goes on meanwhile."""
-        calls, first = self._calls, batch.num_hits
+        calls, mine = self._calls, batch.pairs_of(experts)
         self._lay_out(batch)
-        rows = np.unique(batch.pairs.tokens[first:])
+        tokens = batch.pairs.tokens[mine]
+        rows = np.unique(tokens)
         sent = self._buffer("sent", len(rows), batch.x)
         calls.wait(self._rows_stream, calls.record(calls.current_stream()))
         with calls.on(self._rows_stream):
             index = torch.from_numpy(rows).to(calls.device, non_blocking=True)
             sent.copy_(batch.x.index_select(0, index), non_blocking=True)
             there = calls.record(self._rows_stream)
-        back = self._buffer("back", batch.num_misses, batch.x)
+        back = self._buffer("back", len(tokens), batch.x)
 
         def run() -> None:
             there.synchronize()
             x = np.empty((len(batch.x), batch.x.shape[1]), np.float32)
             x[rows] = sent.float().numpy()
             outputs = np.empty((len(batch.pairs.tokens), x.shape[1]), np.float32)
-            missed, width = batch.missed, self._config.moe_intermediate_size
-            at = self._weights.at[layer].of(missed)
-            self._host_cores.run_experts(x, batch.pairs, batch.num_slots + missed, at, self._like, width, outputs)
-            back.copy_(torch.from_numpy(outputs[first:]))
+            at, width = self._weights.at[layer].of(experts), self._config.moe_intermediate_size
+            self._host_cores.run_experts(x, batch.pairs, batch.num_slots + experts, at, self._like, width, outputs)
+            back.copy_(torch.from_numpy(outputs[mine]))
 
-        return _Missed(self._host.submit("experts", layer, run), batch)
+        return _Missed(self._host.submit("experts", layer, run), back, mine)
 
     def finish_missed(self, started: _Missed) -> None:
         """See `offload.Backend`."""
         started.done.result()
-        batch = started.batch
-        back = self._buffer("back", batch.num_misses, batch.x)
-        self._outputs[batch.num_hits : len(batch.pairs.tokens)].copy_(back, non_blocking=True)
+        if isinstance(started.pairs, slice):
+            self._outputs[started.pairs].copy_(started.back, non_blocking=True)
+        else:
+            index = torch.from_numpy(started.pairs).to(self._calls.device, non_blocking=True)
+            self._outputs.index_copy_(0, index, started.back.to(self._calls.device, non_blocking=True))
 
     def _buffer(self, name: str, num_rows: int, like: Tensor) -> Tensor:
         """Pinned memory for so many rows; it is kept, and free again once the device has asked for the next layer."""

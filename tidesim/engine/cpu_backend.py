@@ -120,9 +120,9 @@ class CpuBackend:
 
     # --- slots ---
 
-    def open_slots(self, budgets: Sequence[int]) -> None:
+    def open_slots(self, slabs: Sequence[int]) -> None:
         """See `offload.Backend`."""
-        self.slabs = [plain_memory((budget, expert_numel(self.config)), self.dtype) for budget in budgets]
+        self.slabs = [plain_memory((num_slots, expert_numel(self.config)), self.dtype) for num_slots in slabs]
         self._slots_at = [addresses(slab, self.config) for slab in self.slabs]
 
     def has_arrived(self, arrival: Future[None]) -> bool:
@@ -146,16 +146,16 @@ class CpuBackend:
         if len(self.outputs) < num_pairs:
             self.outputs = np.empty((num_pairs, self.config.hidden_size), np.float32)
 
-    def run_residents(self, layer: int, batch: Batch) -> None:
+    def run_residents(self, slab: int, batch: Batch) -> None:
         """See `offload.Backend`."""
         self.make_room(batch)
         used = batch.used_slots
         if len(used):
-            self._run_on_device(batch, used, self._slots_at[layer].of(used))
+            self._run_on_device(batch, used, self._slots_at[slab].of(used))
 
-    def run_fetched(self, layer: int, batch: Batch, expert: int, slot: int) -> None:
+    def run_fetched(self, batch: Batch, expert: int, slab: int, slot: int) -> None:
         """See `offload.Backend`."""
-        self._run_on_device(batch, np.array([batch.num_slots + expert]), self._slots_at[layer].of(np.array([slot])))
+        self._run_on_device(batch, np.array([batch.num_slots + expert]), self._slots_at[slab].of(np.array([slot])))
 
     def _run_on_device(self, batch: Batch, keys: Ints, at: ExpertWeights) -> None:
         start_ns = perf_counter_ns()

@@ -4,7 +4,6 @@ RAM is the budgeted tier here, and this machine's cores are the device. A promot
 missed expert is read into a small ring, computed and dropped. While some are computed the next ones are being read.
 """
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from tidesim.engine.cores import Cores
-from tidesim.engine.cpu_backend import CpuBackend
+from tidesim.engine.cpu_backend import CpuBackend, Ints
 from tidesim.engine.drive import Drive
 from tidesim.engine.host_weights import addresses, expert_numel, plain_memory
 from tidesim.engine.model import NetworkConfig
@@ -35,25 +34,25 @@ class DiskBackend(CpuBackend):
         self._ring = plain_memory((RING, expert_numel(config)), drive.dtype)
         self._ring_at = addresses(self._ring, config)
 
-    def copy(self, layer: int, expert: int, slot: int) -> Future[None]:
+    def copy(self, layer: int, expert: int, slab: int, slot: int) -> Future[None]:
         """See `offload.Backend`."""
-        target = as_bytes(self.slabs[layer][slot])
+        target = as_bytes(self.slabs[slab][slot])
         return self.workers["h2d"].submit(
             f"promote {expert}", layer, lambda: self._drive.read_expert(layer, expert, target)
         )
 
-    def start_missed(self, layer: int, batch: Batch) -> Future[None]:
+    def start_missed(self, layer: int, batch: Batch, experts: Ints) -> Future[None]:
         """See `offload.Backend`. The cores are the device's own: the caller waits for the end before it uses them."""
         self.make_room(batch)
-        return self.workers["host"].submit("experts", layer, lambda: self._run_missed(layer, batch))
+        return self.workers["host"].submit("experts", layer, lambda: self._run_missed(layer, batch, experts))
 
     def finish_missed(self, started: Future[None]) -> None:
         """See `offload.Backend`."""
         started.result()
 
-    def _run_missed(self, layer: int, batch: Batch) -> None:
-        x, missed, half = batch.x.numpy(), batch.missed, RING // 2
-        parts = [missed[start : start + half] for start in range(0, len(missed), half)]
+    def _run_missed(self, layer: int, batch: Batch, experts: Ints) -> None:
+        x, half = batch.x.numpy(), RING // 2
+        parts = [experts[start : start + half] for start in range(0, len(experts), half)]
         reading = self._start_reads(layer, parts[0], 0)
         for number, part in enumerate(parts):
             arrived, first = reading, number % 2 * half
@@ -64,9 +63,7 @@ class DiskBackend(CpuBackend):
             at = self._ring_at.of(first + np.arange(len(part)))
             self.run_experts(self.device_cores, x, batch, batch.num_slots + part, at, self.outputs)
 
-    def _start_reads(
-        self, layer: int, experts: Sequence[int] | npt.NDArray[np.int64], first: int
-    ) -> list[Future[None]]:
+    def _start_reads(self, layer: int, experts: Ints, first: int) -> list[Future[None]]:
         """Begin to read experts into the ring, from place `first` on."""
         places = enumerate(experts, first)
         return [

@@ -15,7 +15,7 @@ from time import perf_counter_ns
 import numpy as np
 
 from tidesim.engine.cores import Cores
-from tidesim.engine.cpu_backend import CpuBackend, Floats, sleep_until
+from tidesim.engine.cpu_backend import CpuBackend, Floats, Ints, sleep_until
 from tidesim.engine.host_weights import HostWeights, MappedWeights
 from tidesim.engine.model import NetworkConfig
 from tidesim.engine.offload import Batch
@@ -78,39 +78,40 @@ class EmulatedBackend(CpuBackend):
         self._weights, self._host_cores = weights, host_cores
         self._host_rows, self._host_outputs = self.outputs, self.outputs
 
-    def copy(self, layer: int, expert: int, slot: int) -> Future[None]:
+    def copy(self, layer: int, expert: int, slab: int, slot: int) -> Future[None]:
         """See `offload.Backend`."""
-        link, target = self._pace.weights, self.slabs[layer][slot]
+        link, target = self._pace.weights, self.slabs[slab][slot]
         least_s = 0.0 if link is None else link.copy_s(self.expert_bytes)
         return self.workers["h2d"].submit(
             f"promote {expert}", layer, lambda: self._weights.copy_to(layer, expert, target), least_s
         )
 
-    def start_missed(self, layer: int, batch: Batch) -> Future[None]:
+    def start_missed(self, layer: int, batch: Batch, experts: Ints) -> Future[None]:
         """See `offload.Backend`."""
         self.make_room(batch)
-        return self.workers["host"].submit("experts", layer, lambda: self._run_missed(layer, batch))
+        return self.workers["host"].submit("experts", layer, lambda: self._run_missed(layer, batch, experts))
 
     def finish_missed(self, started: Future[None]) -> None:
         """See `offload.Backend`."""
         started.result()
 
-    def _run_missed(self, layer: int, batch: Batch) -> None:
+    def _run_missed(self, layer: int, batch: Batch, experts: Ints) -> None:
         """Rows out, experts on the host, results back; on the host's own thread."""
-        x, pairs, missed, first = batch.x.numpy(), batch.pairs, batch.missed, batch.num_hits
+        x, pairs, mine = batch.x.numpy(), batch.pairs, batch.pairs_of(experts)
         start_ns = perf_counter_ns()
-        rows = np.unique(pairs.tokens[first:])
+        rows = np.unique(pairs.tokens[mine])
         host_rows = self._room("_host_rows", len(x))
         host_rows[rows] = x[rows]
         _travel(self._pace.rows_out, start_ns, len(rows) * x.shape[1] * self.activation_bytes)
         start_ns = perf_counter_ns()
         outputs = self._room("_host_outputs", len(pairs.tokens))
-        at = self._weights.at[layer].of(missed)
-        self.run_experts(self._host_cores, host_rows, batch, batch.num_slots + missed, at, outputs)
+        at = self._weights.at[layer].of(experts)
+        self.run_experts(self._host_cores, host_rows, batch, batch.num_slots + experts, at, outputs)
         self.slow_down(start_ns, self._pace.host_factor)
         start_ns = perf_counter_ns()
-        self.outputs[first : len(pairs.tokens)] = outputs[first : len(pairs.tokens)]
-        _travel(self._pace.rows_back, start_ns, batch.num_misses * x.shape[1] * self.activation_bytes)
+        self.outputs[mine] = outputs[mine]
+        num_pairs = len(pairs.tokens[mine])
+        _travel(self._pace.rows_back, start_ns, num_pairs * x.shape[1] * self.activation_bytes)
 
     def _room(self, name: str, num_rows: int) -> Floats:
         """The host's buffer `name` with so many rows at least; it is kept from forward to forward."""

@@ -168,8 +168,10 @@ class LiveModel:
         backend = self._make_backend(is_detailed)
         return Offload(self.network, backend, policy, budgets, execution, decisions, is_detailed=is_detailed)
 
-    def memory(self, budgets: Sequence[int], execution: Execution, max_tokens: int) -> DeviceMemory:
+    def memory(self, budgets: Sequence[int], execution: Execution, max_tokens: int, scratch: int = 0) -> DeviceMemory:
         """Bytes that a run takes on the device at its peak, with sequences of `max_tokens` tokens.
+
+        `scratch` experts fit into scratch memory besides the slots.
 
         Transient: the outputs of all routed pairs of the longest forward, which are kept; logits of a block as
         computed and as float32, with their probabilities; the activations of a layer, of which six are as wide as the
@@ -185,7 +187,7 @@ class LiveModel:
         layer = max_tokens * (6 * sizes.hidden_size + 2 * widest) * number + max_tokens**2
         grouped = pairs * ((sizes.hidden_size + 3 * sizes.moe_intermediate_size) * number + 4 * sizes.hidden_size)
         return DeviceMemory(
-            experts=sum(budgets) * self.expert_bytes,
+            experts=(sum(budgets) + scratch) * self.expert_bytes,
             non_experts=sum(tensor.nbytes for tensor in tensors),
             kv_cache=max_tokens * sizes.kv_bytes_per_token * number // 2 if execution.kv_cache else 0,
             transient=pairs * sizes.hidden_size * number

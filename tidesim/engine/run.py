@@ -39,7 +39,7 @@ def measured_result(
     tokens : generated tokens.
     """
     times = offload.times
-    num_bytes = offload.promotions * live.expert_bytes
+    num_copies = offload.promotions + offload.drops
     return RunResult(
         policy=offload.policy.name,
         budget=one_or_each(offload.budgets),
@@ -56,8 +56,9 @@ def measured_result(
         misses=offload.misses,
         promotions=offload.promotions,
         evictions=offload.evictions,
-        num_copies=offload.promotions,
-        h2d_bytes=num_bytes,
+        drops=offload.drops,
+        num_copies=num_copies,
+        h2d_bytes=num_copies * live.expert_bytes,
         d2h_bytes=0,
         makespan_ns=times.makespan_ns,
         layer_parts_ns=tuple(tuple(parts.values()) for parts in times.parts_ns.values()),

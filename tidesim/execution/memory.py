@@ -18,8 +18,8 @@ class DeviceMemory:
 
     Parameters
     ----------
-    experts : the slots of all layers; on a unified-memory machine every expert, as each is stored once (unless they
-        live on a disk).
+    experts : the slots of all layers, and scratch memory for experts that are forgotten after use; on a unified-memory
+        machine every expert, as each is stored once (unless they live on a disk).
     non_experts : everything else that has weights.
     kv_cache : keys and values of the longest sequence; 0 without a cache.
     transient : the larger of two peaks. Head: logits in bf16 and fp32 of every row that gets some, and fp32
@@ -47,17 +47,20 @@ def device_memory(
     budget: int | Sequence[int],
     max_tokens: int,
     reserve_bytes: int | None = None,
+    scratch: int = 0,
 ) -> DeviceMemory:
     """Bytes that a run needs on the device, with `budget` slots a layer (or one number for each layer).
 
-    `max_tokens` is the longest sequence: its prompt and what is generated.
+    `max_tokens` is the longest sequence: its prompt and what is generated. `scratch` experts fit into scratch memory.
     `reserve_bytes` is by default the larger of 1.5 GiB and a tenth of the device's memory, the rule of the released
     TIDE code.
     """
     if reserve_bytes is None:
         reserve_bytes = max(3 * GIB // 2, hardware.device.memory_bytes // 10)
-    stored = model.num_experts if execution.has_all_on_device(hardware) else budget
-    slots = sum(per_layer(stored, model.num_layers, "budget"))
+    if execution.has_all_on_device(hardware):
+        slots = model.num_layers * model.num_experts
+    else:
+        slots = sum(per_layer(budget, model.num_layers, "budget")) + scratch
     head_rows = max_tokens if execution.logits == "all" else model.block_length
     head = model.vocab_size * (head_rows * (2 + 4) + model.block_length * 4)
     experts = max_tokens * model.top_k * model.hidden_size * (3 * 2 + 4)
@@ -71,10 +74,15 @@ def device_memory(
 
 
 def largest_budget(
-    model: MoEConfig, hardware: Hardware, execution: Execution, max_tokens: int, reserve_bytes: int | None = None
+    model: MoEConfig,
+    hardware: Hardware,
+    execution: Execution,
+    max_tokens: int,
+    reserve_bytes: int | None = None,
+    scratch: int = 0,
 ) -> int:
     """The largest budget, the same in all layers, whose run fits the device. Raise BudgetError if not even 0 fits."""
-    need = device_memory(model, hardware, execution, 0, max_tokens, reserve_bytes)
+    need = device_memory(model, hardware, execution, 0, max_tokens, reserve_bytes, scratch)
     room = hardware.device.memory_bytes - need.total
     if room < 0:
         raise BudgetError(f"{_figures(model, hardware, need)}; not even a budget of 0 fits, a larger device is needed.")
@@ -90,6 +98,7 @@ def check_memory(
     budget: int | Sequence[int],
     max_tokens: int,
     reserve_bytes: int | None = None,
+    scratch: int = 0,
 ) -> DeviceMemory:
     """What `device_memory` says, if it fits.
 
@@ -97,9 +106,9 @@ def check_memory(
     the device's memory is exceeded, or the experts of all layers exceed the host's memory (where that is their home).
     """
     check_budgets(per_layer(budget, model.num_layers, "budget"), model.num_experts)
-    need = device_memory(model, hardware, execution, budget, max_tokens, reserve_bytes)
+    need = device_memory(model, hardware, execution, budget, max_tokens, reserve_bytes, scratch)
     if need.total > hardware.device.memory_bytes:
-        largest = largest_budget(model, hardware, execution, max_tokens, reserve_bytes)
+        largest = largest_budget(model, hardware, execution, max_tokens, reserve_bytes, scratch)
         raise BudgetError(
             f"{_figures(model, hardware, need)}; the largest budget that fits is {largest} experts a layer."
         )

@@ -135,7 +135,7 @@ FIELDS = (
     PlanField("budget", _list(_whole(0)), "expert slots on the device, one number per MoE layer"),
     PlanField("refresh_interval", _or_null(_list(_whole(1))), "denoising steps between refreshes, per MoE layer"),
     PlanField("placement", _or_null(_list(_ids)), "ids of the experts that a static policy keeps, per MoE layer"),
-    PlanField("miss_rule", _name(["host", "fetch"]), "missed experts are computed on the host, or fetched and kept"),
+    PlanField("miss_rule", _name(["host", "fetch", "split"]), "missed experts run on the host, are fetched, or both"),
     PlanField("max_tokens", _whole(1), "longest sequence, prompt and answer, that memory was set aside for"),
     PlanField("reserve_bytes", _whole(0), "bytes of device memory left alone"),
     *_prediction("predicted", "predicted on the training sequences that were not profiled"),

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.planner.plan_fields import FORMAT, OBJECTIVES, VERSION, read_fields, read_json
 from tidesim.planner.runs import REFRESHING, make_policy
-from tidesim.policies import Policy
+from tidesim.policies import MissAction, Policy
 from tidesim.residency import Placement
 from tidesim.result import RunResult
 
@@ -140,7 +140,7 @@ class Plan:
     budget: tuple[int, ...]
     refresh_interval: tuple[int, ...] | None
     placement: Placement | None
-    miss_rule: Literal["host", "fetch"]
+    miss_rule: MissAction
     max_tokens: int
     reserve_bytes: int
     predicted: Prediction

@@ -30,7 +30,7 @@ from scipy.optimize import least_squares
 
 from tidesim.execution import Costs
 from tidesim.planner.candidates import longest_block
-from tidesim.policies import ForwardInfo, Policy, Shape
+from tidesim.policies import Policy, Shape, forwards_of
 from tidesim.residency import Residency
 from tidesim.workload import ForwardKind, Workload
 
@@ -145,12 +145,11 @@ def wanted_sets(workload: Workload, policy: Policy, budget: int) -> Bools:
     budgets = (budget,) * workload.num_layers
     residency = Residency(workload.num_experts, budgets, policy.initial(Shape(workload.num_experts, budgets)))
     wanted = np.zeros(workload.counts.shape, np.bool_)
-    for index, counts in enumerate(workload.counts):
-        forward = _forward(workload, index)
-        for layer in range(workload.num_layers):
-            is_resident = residency.is_resident(layer)
-            residency.apply(layer, policy.refresh(forward, layer, counts[layer], is_resident))
-            wanted[index, layer] = is_resident
+    for forward in forwards_of(workload):
+        for layer, counts in enumerate(workload.counts[forward.index]):
+            policy.observe(forward, layer, counts, residency.everybody)
+            residency.apply(layer, policy.refresh(forward, layer, counts, residency.everybody))
+        wanted[forward.index] = residency.everybody
     return wanted
 
 
@@ -166,18 +165,6 @@ def measure_lags(workload: Workload, wanted: Bools, budget: int, num_steps: int)
         slots = len(old) * workload.num_layers * budget
         lags.append(Lag(lag=lag, num_pairs=len(old), replaced=replaced / slots, missed=missed / slots))
     return lags
-
-
-def _forward(workload: Workload, index: int) -> ForwardInfo:
-    return ForwardInfo(
-        index=index,
-        sequence=int(workload.sequence[index]),
-        kind=ForwardKind(int(workload.kind[index])),
-        block=int(workload.block[index]),
-        step=int(workload.step[index]),
-        is_first_block=bool(workload.is_first_block[index]),
-        tokens=int(workload.tokens[index]),
-    )
 
 
 def _step_pairs(workload: Workload, lag: int) -> tuple[Ints, Ints]:

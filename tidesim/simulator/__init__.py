@@ -9,20 +9,25 @@ Time, layer by layer
 1. The dense part runs on the device.
 2. Blocking copies: the policy is asked for this layer's refresh and its moves are done at once, all evictions and then
    all promotions, while nothing else runs (`copy_wait`). Only then hits and misses are counted.
-3. Resident experts run on the device. Those that were promoted in the background and are needed now are waited for,
-   up to the last of them (`copy_wait`). Missed experts run on the host: after the device's part ("serial"), or
-   beside it ("parallel"), starting as soon as the router is done, hence also beside that wait. What then remains of
-   the host's part is `host_wait`.
-4. Background copies: the policy is asked after the layer's experts are done. Its moves count from the next forward on;
-   their copies queue up, first come first served, and nobody waits for them until they are needed. A copy that
-   was queued is done even if its expert is evicted again before it arrives. With write-back the victim goes out
-   before the promoted expert comes into its slot.
+3. The policy says what becomes of the missed experts (`Serving`): some are fetched, the host computes the others. The
+   host's part runs after the device's ("serial"), or beside it ("parallel"), starting as soon as the router is done.
+   What remains of it after the device's part is `host_wait`.
+4. Resident experts run on the device, all together. Those that were promoted in the background and are needed now are
+   waited for before, up to the last of them (`copy_wait`).
+5. Fetched experts run after them, one by one, in the order of their copies. Blocking: each is copied (after its victim
+   went out, with write-back) and runs. Background: their copies are queued when the router is done, run beside the
+   resident experts, and each expert runs alone once it has arrived (`copy_wait` until then). A copy into the slot of an
+   expert that this forward still needs waits until that one has run: for a resident one until all residents have.
+   Experts that are dropped after use come into scratch memory: a place there is free again once its expert has run.
+   Who was fetched without having rows is not waited for.
+6. Moves in other layers (`Policy.ahead`). Background: their copies queue up behind those of the fetched experts, when
+   the router is done. Blocking: they are done after the layer's experts, while nothing else runs.
+7. Background copies: the policy is asked for the refresh after the layer's experts are done. Its moves count from the
+   next forward on.
 
-A policy that fetches misses (`miss_action` "fetch") has no host part. Background: the copies of the missed experts are
-queued when the router is done, run beside the resident experts, and each fetched expert runs alone once it has
-arrived (`copy_wait` until then). A copy into the slot of an expert that this forward still needs waits until that one
-has run: for a resident one until all residents have. Blocking: the residents run first, then each missed expert is
-copied (after its victim went out, with write-back) and run.
+Copies in the background are done first come first served, and nobody waits for them until they are needed. A copy that
+was queued is done even if its expert is evicted again before it arrives. With write-back the victim goes out before the
+promoted expert comes into its slot.
 
 Rows of tokens travel within the host's part and do not queue behind weights. The run ends with its last
 forward; what the copy engines still have to do then is left out of the times, not out of the moves and bytes.

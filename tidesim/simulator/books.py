@@ -6,8 +6,10 @@ from typing import Any
 import simpy
 
 from tidesim.execution import Costs
+from tidesim.policies import Ahead
 from tidesim.residency import Moves
 from tidesim.result import PARTS, RESOURCES, Decision, Interval
+from tidesim.simulator.work import Work
 
 
 class Books:
@@ -26,7 +28,7 @@ class Books:
         timeline: list[Interval] | None,
     ) -> None:
         self._env, self._decisions, self._timeline = env, decisions, timeline
-        self.hits = self.misses = self.promotions = self.evictions = 0
+        self.hits = self.misses = self.promotions = self.evictions = self.drops = 0
         self._parts_ns = {layer: dict.fromkeys(PARTS, 0) for layer in (*range(num_layers), None)}
         self._busy_ns = dict.fromkeys(RESOURCES, 0)
         # What each resource is doing: since when, and where that stands in the timeline.
@@ -67,29 +69,51 @@ class Books:
             # Whether a copy starts in the run's last instant or just after it is a matter of event order.
             self._timeline[:] = [interval for interval in self._timeline if interval.start_ns < self.now_ns]
 
-    def count(self, forward: int, layer: int, hits: int, misses: int, moved: Sequence[Moves]) -> None:
-        """Write down what was decided for one layer of one forward."""
+    def count(
+        self,
+        forward: int,
+        layer: int,
+        work: Work,
+        moved: Sequence[Moves],
+        drop: tuple[int, ...],
+        ahead: Sequence[Ahead],
+    ) -> None:
+        """Write down what was decided for one layer of one forward: its moves, and those in other layers."""
         promote = tuple(expert for moves in moved for expert in moves.promote)
         evict = tuple(expert for moves in moved for expert in moves.evict)
-        self.hits += hits
-        self.misses += misses
-        self.promotions += len(promote)
-        self.evictions += len(evict)
+        self.hits += work.hits
+        self.misses += work.misses
+        self.promotions += len(promote) + sum(len(moves.promote) for _, moves in ahead)
+        self.evictions += len(evict) + sum(len(moves.evict) for _, moves in ahead)
+        self.drops += len(drop)
         if self._decisions is not None:
-            self._decisions(Decision(forward, layer, promote, evict, hits, misses))
+            self._decisions(
+                Decision(
+                    forward,
+                    layer,
+                    promote,
+                    evict,
+                    work.hits,
+                    work.misses,
+                    drop,
+                    tuple((there, moves.promote, moves.evict) for there, moves in ahead),
+                )
+            )
 
     def totals(self, costs: Costs) -> Mapping[str, Any]:
         """What a `RunResult` counts and times."""
-        copies_of = {"h2d": (self.promotions, costs.promote_bytes), "d2h": (self.evictions, costs.evict_bytes)}
+        num_in, num_out = self.promotions + self.drops, self.evictions
+        copies_of = {"h2d": (num_in, costs.promote_bytes), "d2h": (num_out, costs.evict_bytes)}
         num_copied = sum(num_experts for num_experts, num_bytes in copies_of.values() if num_bytes)
         return {
             "hits": self.hits,
             "misses": self.misses,
             "promotions": self.promotions,
             "evictions": self.evictions,
+            "drops": self.drops,
             "num_copies": num_copied * costs.execution.copies_per_expert,
-            "h2d_bytes": self.promotions * costs.promote_bytes,
-            "d2h_bytes": self.evictions * costs.evict_bytes,
+            "h2d_bytes": num_in * costs.promote_bytes,
+            "d2h_bytes": num_out * costs.evict_bytes,
             "makespan_ns": self.now_ns,
             "layer_parts_ns": tuple(tuple(parts.values()) for parts in self._parts_ns.values()),
             "busy_ns": self._busy_ns,

@@ -1,0 +1,341 @@
+"""A policy put together from pieces: who begins, when it refreshes, whom it evicts, what becomes of misses."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tidesim.errors import BudgetError, InputError
+from tidesim.policies.interface import (
+    ALL_ON_HOST,
+    Counts,
+    ForwardInfo,
+    Interval,
+    Mask,
+    MissAction,
+    Policy,
+    Serving,
+    Shape,
+)
+from tidesim.policies.pieces import Piece, Score, Victims, best, everything_in
+from tidesim.policies.splits import OnHost, Split
+from tidesim.residency import NO_MOVES, Moves, Placement, per_layer
+from tidesim.workload import ForwardKind
+
+# --- who begins ---
+
+Start = Callable[[Shape], Placement]
+
+
+def nobody(shape: Shape) -> Placement:
+    """Every slot is free."""
+    return Placement(((),) * shape.num_layers)
+
+
+def first_ids(shape: Shape) -> Placement:
+    """Experts 0..B-1 of each layer."""
+    return Placement(tuple(tuple(range(budget)) for budget in shape.budgets))
+
+
+def last_ids(shape: Shape) -> Placement:
+    """The B highest ids of each layer."""
+    E = shape.num_experts
+    return Placement(tuple(tuple(range(E - budget, E)) for budget in shape.budgets))
+
+
+@dataclass(frozen=True)
+class MostPopular:
+    """The experts with the highest `popularity` [L, E] in each layer, or, "network", in all layers together.
+
+    Ties: the lower id, and before that the lower layer.
+    """
+
+    popularity: npt.ArrayLike
+    across: Literal["layer", "network"] = "layer"
+
+    def __call__(self, shape: Shape) -> Placement:
+        """The placement. Raise InputError if `popularity` is not [L, E]."""
+        table, wanted = np.asarray(self.popularity, np.float64), (shape.num_layers, shape.num_experts)
+        if table.shape != wanted:
+            raise InputError(f"popularity has shape {list(table.shape)}; it must be [L, E] = {list(wanted)}.")
+        if self.across == "layer":
+            return Placement.of(best(row, budget) for row, budget in zip(table, shape.budgets, strict=True))
+        chosen = np.zeros(table.size, np.bool_)
+        chosen[best(table.ravel(), sum(shape.budgets))] = True
+        return Placement.of(np.flatnonzero(row) for row in chosen.reshape(wanted))
+
+
+@dataclass(frozen=True)
+class RandomIds:
+    """Experts of each layer drawn at random with `seed`, the same for the same shape."""
+
+    seed: int
+
+    def __call__(self, shape: Shape) -> Placement:
+        """The placement."""
+        rng = np.random.default_rng(self.seed)
+        return Placement.of(rng.permutation(shape.num_experts)[:budget] for budget in shape.budgets)
+
+
+# --- when to refresh, and which swaps are worth it ---
+
+
+class Trigger(Piece):
+    """When a layer is refreshed.
+
+    Attributes
+    ----------
+    refresh_interval : see `Policy.refresh_interval`.
+    """
+
+    refresh_interval: Interval = None
+
+    def is_due(self, forward: ForwardInfo, layer: int) -> bool:
+        """Whether this forward refreshes `layer`."""
+        raise NotImplementedError
+
+
+class EverySteps(Trigger):
+    """Every τ denoising steps, counted from each block's first step; with `first_block` also every step of that block.
+
+    Parameters
+    ----------
+    refresh_interval : τ >= 1, one number or one per layer. Raise InputError otherwise.
+    first_block : whether a sequence's first decoded block is refreshed on each denoising step.
+    """
+
+    def __init__(self, refresh_interval: int | Sequence[int], *, first_block: bool = False) -> None:
+        numbers = tuple(refresh_interval) if isinstance(refresh_interval, Sequence) else (refresh_interval,)
+        if not all(isinstance(number, int) and number >= 1 for number in numbers):
+            raise InputError(f"refresh_interval(={refresh_interval}) must be a whole number >= 1, or one per layer.")
+        self.refresh_interval = numbers if isinstance(refresh_interval, Sequence) else refresh_interval
+        self._per_layer, self._first_block = numbers, first_block
+
+    def begin(self, shape: Shape) -> None:
+        """Raise InputError if there are intervals for another number of layers."""
+        assert self.refresh_interval is not None
+        self._per_layer = per_layer(self.refresh_interval, shape.num_layers, "refresh_interval")
+
+    def is_due(self, forward: ForwardInfo, layer: int) -> bool:
+        """See `Trigger`."""
+        if forward.kind != ForwardKind.DENOISE:
+            return False
+        return (self._first_block and forward.is_first_block) or forward.step % self._per_layer[layer] == 0
+
+
+class AfterPrefill(Trigger):
+    """Once a sequence, with the forward that fills the cache with its prompt."""
+
+    def is_due(self, forward: ForwardInfo, layer: int) -> bool:
+        """See `Trigger`."""
+        return forward.kind == ForwardKind.PREFILL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """Which swaps are worth their copies.
+
+    Parameters
+    ----------
+    margin : a challenger must be worth (1 + margin) times its victim at least, or
+    is_strict : more than that. The first one that is not ends the refresh.
+    min_dwell : refreshes that a resident must have seen before it may go; younger ones are passed over.
+    max_swaps : promotions of one refresh at most.
+    """
+
+    margin: float = 0.0
+    is_strict: bool = False
+    min_dwell: int = 0
+    max_swaps: int | None = None
+
+    def allows(self, challenger: float, victim: float) -> bool:
+        """Whether an expert worth `challenger` may take the slot of one worth `victim`."""
+        least = victim * (1 + self.margin)
+        return challenger > least if self.is_strict else challenger >= least
+
+
+class Refresh(Piece):
+    """Choosing a layer's residents afresh: the experts that are worth most, as far as there are slots.
+
+    They are promoted most worthy first (ties: the lower id), into free slots and then into those of residents that are
+    not among them.
+
+    Parameters
+    ----------
+    trigger : when.
+    want : who is worth how much; who is worth nothing is not wanted.
+    victims : the order in which the others go.
+    guard : which swaps are worth it; None: all.
+    is_pairwise : instead, any absent expert may be promoted and any resident be a victim: the best absent one changes
+        places with the first victim, and so on, as long as the guard allows.
+    """
+
+    def __init__(
+        self, trigger: Trigger, want: Score, victims: Victims, guard: Guard | None = None, *, is_pairwise: bool = False
+    ) -> None:
+        self.trigger, self._want, self._victims, self._guard = trigger, want, victims, guard
+        self._is_pairwise = is_pairwise
+
+    @property
+    def parts(self) -> Sequence[Piece]:
+        """Its pieces."""
+        return self.trigger, self._want, self._victims
+
+    def begin(self, shape: Shape) -> None:
+        """Nobody was refreshed yet."""
+        self._budgets = shape.budgets
+        self._num_refreshes = [0] * shape.num_layers
+        self._since = np.zeros((shape.num_layers, shape.num_experts), np.int64)
+
+    def promoted(self, layer: int, expert: int) -> None:
+        """Its dwell begins."""
+        self._since[layer, expert] = self._num_refreshes[layer]
+
+    def moves(self, forward: ForwardInfo, layer: int, is_resident: Mask) -> Moves:
+        """The swaps of this forward; `is_resident` is [E]."""
+        if not self.trigger.is_due(forward, layer):
+            return NO_MOVES
+        self._num_refreshes[layer] += 1
+        worth, budget = self._want.of(layer), self._budgets[layer]
+        wanted = [expert for expert in best(worth, len(worth) if self._is_pairwise else budget) if worth[expert] > 0]
+        may_go = is_resident.copy()
+        if not self._is_pairwise:
+            may_go[wanted] = False
+        candidates = self._victims.order(layer, wanted, may_go)
+        challengers = [expert for expert in wanted if not is_resident[expert]]
+        num_free = budget - int(np.count_nonzero(is_resident))
+        promote, evict = self._swaps(layer, challengers, candidates, num_free)
+        gone = set(evict)
+        self._victims.settled(layer, wanted, [expert for expert in candidates if expert not in gone])
+        return Moves(tuple(promote), tuple(evict)) if promote else NO_MOVES
+
+    def _swaps(
+        self, layer: int, challengers: Sequence[int], candidates: Sequence[int], num_free: int
+    ) -> tuple[list[int], list[int]]:
+        """Who comes in and who goes out."""
+        if self._guard is None:
+            return list(challengers), list(candidates[: max(0, len(challengers) - num_free)])
+        guard, worth = self._guard, self._want.of(layer)
+        age = self._num_refreshes[layer] - 1 - self._since[layer]
+        waiting = [victim for victim in candidates if age[victim] >= guard.min_dwell]
+        promote: list[int] = []
+        for challenger in challengers[: guard.max_swaps]:
+            if len(promote) >= num_free:
+                victim = waiting[len(promote) - num_free] if len(promote) - num_free < len(waiting) else None
+                if victim is None or not guard.allows(worth[challenger], worth[victim]):
+                    break
+            promote.append(challenger)
+        return promote, waiting[: max(0, len(promote) - num_free)]
+
+
+# --- all of it ---
+
+
+class Composition(Policy):
+    """A policy made of pieces.
+
+    Parameters
+    ----------
+    name : what results call it.
+    start : who is resident at first.
+    refresh : when and how residents are chosen afresh; None: never.
+    split : what becomes of misses.
+    victims : whose slots fetched experts take, one after another, that fetched in this very forward not excepted.
+    is_in_use_safe : whether nobody who has rows in this forward may be a victim of a fetch. If no other victim is left,
+        the expert is dropped after use instead.
+    scope, scratch, is_routing_only : see `Policy`.
+    needs_slots : whether it cannot do without a slot in each layer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        start: Start,
+        *,
+        refresh: Refresh | None = None,
+        split: Split | None = None,
+        victims: Victims | None = None,
+        is_in_use_safe: bool = False,
+        scope: Literal["layer", "network"] = "layer",
+        scratch: int = 0,
+        is_routing_only: bool = True,
+    ) -> None:
+        self.name, self.scope, self.scratch, self.is_routing_only = name, scope, scratch, is_routing_only
+        self._start, self._refresh, self._victims = start, refresh, victims
+        self._split = split or OnHost()
+        self._is_in_use_safe = is_in_use_safe
+        self._pieces = everything_in([refresh, self._split, victims])
+        self.miss_action: MissAction = self._split.action
+
+    @property
+    def refresh_interval(self) -> Interval:
+        """See `Policy`."""
+        return None if self._refresh is None else self._refresh.trigger.refresh_interval
+
+    def initial(self, shape: Shape) -> Placement:
+        """See `Policy`. Raise BudgetError if it keeps whom it fetches and a layer has no slot."""
+        if self._victims is not None and self.scope == "layer" and min(shape.budgets) < 1:
+            raise BudgetError(f"policy {self.name!r} fetches into slots; budget(={min(shape.budgets)}) must be >= 1.")
+        self._num_slots = shape.budgets
+        for piece in self._pieces:
+            piece.begin(shape)
+        return self._start(shape)
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """See `Policy`."""
+        for piece in self._pieces:
+            piece.observe(forward, layer, counts, is_resident)
+
+    def refresh(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> Moves:
+        """See `Policy`."""
+        if self._refresh is None:
+            return NO_MOVES
+        moves = self._refresh.moves(forward, layer, is_resident[layer])
+        for expert in moves.evict:
+            self._tell_evicted(layer, expert)
+        for expert in moves.promote:
+            self._tell_promoted(layer, expert)
+        return moves
+
+    def serve(
+        self, forward: ForwardInfo, layer: int, missed: Sequence[int], counts: Counts, is_resident: Mask
+    ) -> Serving:
+        """See `Policy`."""
+        fetched = self._split.choose(forward, layer, missed, counts, is_resident)
+        if not (fetched.keep or fetched.drop):
+            return ALL_ON_HOST
+        keep, homeless = self._make_room(layer, fetched.keep, counts, is_resident)
+        return Serving(keep, (*homeless, *fetched.drop))
+
+    def _make_room(
+        self, layer: int, keep: Sequence[int], counts: Counts, is_resident: Mask
+    ) -> tuple[Moves, Sequence[int]]:
+        """A slot for each expert of `keep`, one after another; and those for whom there was none."""
+        may_go = is_resident.copy()
+        is_pooled = self.scope == "network"
+        slots = sum(self._num_slots) if is_pooled else self._num_slots[layer]
+        num_free = slots - int(np.count_nonzero(may_go if is_pooled else may_go[layer]))
+        if self._is_in_use_safe:
+            may_go[layer, counts > 0] = False
+        evict: list[int] = []
+        for number, expert in enumerate(keep):
+            if number >= num_free:
+                victim = self._victims.first(layer, may_go) if self._victims is not None else None
+                if victim is None:
+                    return Moves(tuple(keep[:number]), tuple(evict)), keep[number:]
+                may_go[victim] = False
+                evict.append(victim[0] * len(counts) + victim[1] if is_pooled else victim[1])
+                self._tell_evicted(*victim)
+            may_go[layer, expert] = not self._is_in_use_safe
+            self._tell_promoted(layer, expert)
+        return Moves(tuple(keep), tuple(evict)), ()
+
+    def _tell_promoted(self, layer: int, expert: int) -> None:
+        for piece in self._pieces:
+            piece.promoted(layer, expert)
+
+    def _tell_evicted(self, layer: int, expert: int) -> None:
+        for piece in self._pieces:
+            piece.evicted(layer, expert)

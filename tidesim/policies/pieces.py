@@ -1,0 +1,313 @@
+"""What policies are made of: scores, which say how much each expert is worth by what was seen, and orders of victims.
+
+A piece remembers what it needs of a run. The policy that it belongs to tells it when a run begins, what every router
+chose, and who was promoted or evicted. Letters: L MoE layers, E experts per layer.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tidesim.errors import InputError
+from tidesim.policies.interface import Counts, ForwardInfo, Mask, Shape
+
+Floats = npt.NDArray[np.float64]
+Expert = tuple[int, int]  # its layer, and its id there
+Forgets = Literal["never", "block", "sequence"]
+
+
+class Piece:
+    """A part of a policy. Made of other pieces, it names them in `parts`, and they are told by the policy too."""
+
+    @property
+    def parts(self) -> "Sequence[Piece]":
+        """Pieces that it is made of."""
+        return ()
+
+    def begin(self, shape: Shape) -> None:
+        """A run begins: forget everything learnt."""
+        return
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """See `Policy.observe`."""
+        return
+
+    def promoted(self, layer: int, expert: int) -> None:
+        """An expert was given a slot."""
+        return
+
+    def evicted(self, layer: int, expert: int) -> None:
+        """An expert lost its slot."""
+        return
+
+
+def everything_in(pieces: Iterable[Piece | None]) -> list[Piece]:
+    """The pieces and all that they are made of, each once, parts before the whole."""
+    found: dict[int, Piece] = {}
+    for piece in pieces:
+        if piece is not None:
+            for part in (*everything_in(piece.parts), piece):
+                found.setdefault(id(part), part)
+    return list(found.values())
+
+
+# --- scores ---
+
+
+class Score(Piece):
+    """How much each expert is worth: the higher, the more."""
+
+    table: Floats  # [L, E]
+
+    def begin(self, shape: Shape) -> None:
+        """Nobody is worth anything yet."""
+        self.table = np.zeros((shape.num_layers, shape.num_experts))
+
+    def of(self, layer: int) -> Floats:
+        """The worth of each expert of `layer`, [E]."""
+        row: Floats = self.table[layer]
+        return row
+
+
+class ThisForward(Score):
+    """Tokens of the current forward alone."""
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """Take the counts as they are."""
+        self.table[layer] = counts
+
+
+class Total(Score):
+    """Tokens of all forwards, the current one included, since the beginning of the run, sequence or block."""
+
+    def __init__(self, forgets: Forgets = "never") -> None:
+        self._forgets = forgets
+
+    def begin(self, shape: Shape) -> None:
+        """Nothing counted yet."""
+        super().begin(shape)
+        self._since: list[tuple[int, ...]] = [()] * shape.num_layers
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """Add the counts, to nothing if a new sequence or block began."""
+        since = {"never": (), "sequence": (forward.sequence,), "block": (forward.sequence, forward.block)}
+        if since[self._forgets] != self._since[layer]:
+            self._since[layer] = since[self._forgets]
+            self.table[layer] = 0
+        self.table[layer] += counts
+
+
+class Decayed(Score):
+    """Tokens of all forwards, each weighing `keep` times as much as the one after it.
+
+    Raise InputError if `keep` is not in 0..1.
+    """
+
+    def __init__(self, keep: float) -> None:
+        if not 0 <= keep <= 1:
+            raise InputError(f"keep(={keep}) must be >= 0 and <= 1.")
+        self._keep = keep
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """What was counted fades, and this forward's tokens come on top."""
+        self.table[layer] = self._keep * self.table[layer] + counts
+
+
+class LastUse(Score):
+    """When an expert was used last on the device: the residents of a forward in ascending ids, then each one fetched.
+
+    No two experts that were ever used are equal.
+    """
+
+    def begin(self, shape: Shape) -> None:
+        """Nobody was used; nothing is older than the clock's first tick."""
+        super().begin(shape)
+        self._clock = 0
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """The residents that have rows are used."""
+        used = np.flatnonzero((counts > 0) & is_resident[layer])
+        self.table[layer, used] = self._clock + 1 + np.arange(len(used))
+        self._clock += len(used)
+
+    def promoted(self, layer: int, expert: int) -> None:
+        """Who comes in is used next."""
+        self._clock += 1
+        self.table[layer, expert] = self._clock
+
+
+class LastActive(Score):
+    """The forward, counted from 1, that routed to an expert last, whether or not it was on the device."""
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """All that have rows are equally recent."""
+        self.table[layer, counts > 0] = forward.index + 1
+
+
+class Visits(Score):
+    """Forwards in which an expert ran on the device: as a resident, or as one fetched.
+
+    Parameters
+    ----------
+    forgets : when all counts go back to 0.
+    is_kept : whether an expert's count survives its eviction.
+    """
+
+    def __init__(self, forgets: Forgets = "never", *, is_kept: bool = True) -> None:
+        self._forgets, self._is_kept = forgets, is_kept
+
+    def begin(self, shape: Shape) -> None:
+        """Nobody was used."""
+        super().begin(shape)
+        self._since: tuple[int, ...] = ()
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """One more for each resident that has rows."""
+        since = {"never": (), "sequence": (forward.sequence,), "block": (forward.sequence, forward.block)}
+        if since[self._forgets] != self._since:
+            self._since = since[self._forgets]
+            self.table[:] = 0
+        self.table[layer] += (counts > 0) & is_resident[layer]
+
+    def promoted(self, layer: int, expert: int) -> None:
+        """Who comes in runs."""
+        self.table[layer, expert] += 1
+
+    def evicted(self, layer: int, expert: int) -> None:
+        """Start again at 0, unless counts are kept."""
+        if not self._is_kept:
+            self.table[layer, expert] = 0
+
+
+class FrequencyOverAge(Score):
+    """Uses since an expert came in, over the forwards since its last use (1 for the current one)."""
+
+    def begin(self, shape: Shape) -> None:
+        """Nobody was used."""
+        super().begin(shape)
+        self._uses, self._last = np.zeros_like(self.table), np.zeros_like(self.table)
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """One more use for each resident that has rows; everybody else grows older."""
+        used = (counts > 0) & is_resident[layer]
+        self._uses[layer, used] += 1
+        self._last[layer, used] = forward.index
+        self._now = forward.index
+        self.table[layer] = self._uses[layer] / (self._now - self._last[layer] + 1)
+
+    def promoted(self, layer: int, expert: int) -> None:
+        """Who comes in was used once."""
+        self._uses[layer, expert], self._last[layer, expert] = 1, self._now
+        self.table[layer, expert] = 1
+
+
+class Popularity(Score):
+    """A table that was made beforehand, [L, E]. Raise InputError at the beginning of a run if it has another shape."""
+
+    def __init__(self, popularity: npt.ArrayLike) -> None:
+        self.table = np.asarray(popularity, np.float64)
+
+    def begin(self, shape: Shape) -> None:
+        """Nothing is learnt here."""
+        wanted = (shape.num_layers, shape.num_experts)
+        if self.table.shape != wanted:
+            raise InputError(f"popularity has shape {list(self.table.shape)}; it must be [L, E] = {list(wanted)}.")
+
+
+def best(values: Floats, num: int) -> list[int]:
+    """The `num` experts that are worth most, [E] -> ids: most first, and of equal ones the lower id."""
+    ids: list[int] = np.argsort(-values, kind="stable")[:num].tolist()
+    return ids
+
+
+# --- victims ---
+
+Tie = Literal["layer", "expert"]
+
+
+class Victims(Piece):
+    """In which order residents give up their slots."""
+
+    def first(self, layer: int, may_go: Mask) -> Expert | None:
+        """The next victim among `may_go` [L, E], for an expert of `layer`; None if that is nobody."""
+        raise NotImplementedError
+
+    def order(self, layer: int, wanted: Sequence[int], may_go: Mask) -> list[int]:
+        """All of `may_go` [E] in `layer`, the next victim first. `wanted` are the experts that are to be there."""
+        raise NotImplementedError
+
+    def settled(self, layer: int, wanted: Sequence[int], stay: Sequence[int]) -> None:
+        """A refresh is over: the residents are now `wanted`, and `stay` of those that `order` named."""
+        return
+
+
+class Lowest(Victims):
+    """Who is worth least goes first.
+
+    Parameters
+    ----------
+    scores : the first decides; where it is equal, the next one does.
+    scope : whether victims are looked for in the layer that needs a slot or in the whole network.
+    tie : of equal ones the lower id goes first; in the whole network "layer" is for the lower layer before the lower
+        id, "expert" for the lower id before the lower layer.
+    """
+
+    def __init__(self, *scores: Score, scope: Literal["layer", "network"] = "layer", tie: Tie = "layer") -> None:
+        self._scores, self._scope, self._tie = scores, scope, tie
+
+    @property
+    def parts(self) -> Sequence[Piece]:
+        """The scores."""
+        return self._scores
+
+    def first(self, layer: int, may_go: Mask) -> Expert | None:
+        """See `Victims`."""
+        if self._scope == "layer":
+            candidates = np.flatnonzero(may_go[layer])
+            return (layer, self._least(candidates, lambda score: score.of(layer))) if len(candidates) else None
+        num_layers, num_experts = may_go.shape
+        by_layer = self._tie == "layer"
+        candidates = np.flatnonzero(may_go if by_layer else may_go.T)
+        if not len(candidates):
+            return None
+        least = self._least(candidates, lambda score: (score.table if by_layer else score.table.T).ravel())
+        return divmod(least, num_experts) if by_layer else (least % num_layers, least // num_layers)
+
+    def _least(self, candidates: npt.NDArray[np.intp], values: Callable[[Score], Floats]) -> int:
+        """The first of those `candidates` (positions in what `values` gives) that are worth least."""
+        for score in self._scores:
+            worth = values(score)[candidates]
+            candidates = candidates[worth == worth.min()]
+        return int(candidates[0])
+
+    def order(self, layer: int, wanted: Sequence[int], may_go: Mask) -> list[int]:
+        """See `Victims`."""
+        ids = np.flatnonzero(may_go)
+        keys = [score.of(layer)[ids] for score in reversed(self._scores)]
+        ordered: list[int] = ids[np.lexsort((ids, *keys))].tolist()
+        return ordered
+
+
+class SetOrder(Victims):
+    """The iteration order of a CPython set, as the released TIDE code has it.
+
+    The set is rebuilt at each refresh, from the wanted experts in their order and then the others that stay. With at
+    least 77 elements CPython (3.11 to 3.14) iterates small integers in ascending order, below that the order depends on
+    what was put in before. Real sets are built in the same way here, so this needs CPython.
+    """
+
+    def begin(self, shape: Shape) -> None:
+        """The first residents are ids 0..B-1, put in in that order."""
+        self._residents = [set(range(budget)) for budget in shape.budgets]
+
+    def order(self, layer: int, wanted: Sequence[int], may_go: Mask) -> list[int]:
+        """See `Victims`."""
+        return [expert for expert in self._residents[layer] if may_go[expert]]
+
+    def settled(self, layer: int, wanted: Sequence[int], stay: Sequence[int]) -> None:
+        """See `Victims`. Even without a move the set is built anew, and that can change its next iteration."""
+        rebuilt = set(wanted)
+        rebuilt.update(stay)
+        self._residents[layer] = rebuilt
