@@ -148,6 +148,12 @@ def statistics_tables(document: Document) -> RenderableType:
     table.add_column("published")
     for key, name in names.items():
         table.add_row(name, _figure(found[key]), _PUBLISHED.get(key, ""))
+    if found["lookahead_share"] is not None:
+        table.add_row("experts foretold by the layer before", _figure(found["lookahead_share"]))
+        for kind, share in found["lookahead_share_by_kind"].items():
+            if kind != "denoise":
+                table.add_row(f"  in {kind} forwards", _figure(share))
+        table.add_row("  if named at random", _figure(found["lookahead_share_random"]))
     for regime, key, published in (
         ("block-only", "cosine_block", ""),
         ("full", "cosine_full", "0.985 .. > 0.95 .. (TIDE, second hand)"),
@@ -166,6 +172,8 @@ def _layer_table(found: Document) -> Table:
         "hottest eighth": "popularity_by_layer",
         "ever used": "used_share_by_layer",
     }
+    if found["lookahead_share"] is not None:
+        columns["foretold"] = "lookahead_share_by_layer"
     table = _table("By MoE layer", left=(), right=("layer", *columns))
     for layer in range(len(found["distinct_experts_by_layer"])):
         cells = [found[key][layer] if layer < len(found[key]) else None for key in columns.values()]
