@@ -20,7 +20,7 @@ RANKS = (
     ("moe", "hardware", "workload", "residency", "result"),
     ("trace_format", "execution", "policies"),
     ("trace",),
-    ("statistics", "synthesize", "simulator"),
+    ("ceiling", "statistics", "synthesize", "simulator"),
     ("planner",),
     ("engine", "report", "console"),
     ("validate",),
