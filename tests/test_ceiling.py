@@ -200,6 +200,25 @@ def test_without_slots_experts_come_for_one_forward_at_a_time() -> None:
     assert ceiling_of(FIRST, budget=0).makespan_ns == nearly(2200 + 2 * (310 + 100))
 
 
+def test_a_fixed_part_that_nobody_need_pay_is_not_charged() -> None:
+    # The residents' kernel takes 5000 besides its experts, the host 4000 for each call: fetched experts pay neither.
+    machine = toy_hardware()
+    machine = replace(machine, device=replace(machine.device, grouped_overhead_s=5e-6))
+    machine = replace(machine, host=replace(machine.host, call_overhead_s=4e-6))
+    changes = {"copies": "background", "host": "parallel", "kernels": "grouped"}
+    result = simulate(
+        toy_workload([SECOND]),
+        TOY,
+        machine,
+        policy("lru"),
+        budget=2,
+        execution=toy_execution(**changes),
+        is_memory_checked=False,
+    )
+    assert result.makespan_ns == 2200 + 2 * 310 + 100
+    assert ceiling_of(SECOND, machine=machine, **changes).makespan_ns <= result.makespan_ns
+
+
 def test_slots_that_layers_share_are_worth_at_least_as_much() -> None:
     rng = np.random.default_rng(5)
     workload = toy_workload(*random_counts(rng, 20, 2))

@@ -65,41 +65,35 @@ def ascend(relaxation: Relaxation, slots: Floats) -> tuple[float, int]:
 
 def bound(relaxation: Relaxation, slots: Floats, multipliers: Multipliers) -> tuple[float, Multipliers]:
     """The bound that `multipliers` show, in ns, and its slopes."""
-    paths = cheapest_paths(_prices(relaxation, multipliers))
-    counted = 1 - multipliers.link
-    on_device, on_host = _weights(relaxation, multipliers)
-    fixed = on_device * relaxation.device_fixed + on_host * relaxation.host_fixed
-    constant = counted @ (relaxation.dense + fixed.sum(axis=1)) - (multipliers.slot * slots).sum()
-    return paths.cost + float(constant), _slopes(relaxation, slots, multipliers, paths)
+    prices = _prices(relaxation, multipliers)
+    paths = cheapest_paths(relaxation, prices)
+    fixed = prices.device * relaxation.device_fixed + prices.host * relaxation.host_fixed
+    dense = (1 - multipliers.link) @ relaxation.dense
+    value = paths.cost + float(dense + fixed.sum() - (multipliers.slot * slots).sum())
+    return value, _slopes(relaxation, slots, multipliers, paths)
 
 
-def _weights(relaxation: Relaxation, multipliers: Multipliers) -> tuple[Floats, Floats]:
+def _weights(relaxation: Relaxation, side: Floats) -> tuple[Floats, Floats]:
     """How much of the device's and of the host's time makes up a layer's, [F, L] each."""
-    side = multipliers.side
     return (side, 1 - side) if relaxation.is_parallel else (np.ones_like(side), np.ones_like(side))
 
 
 def _prices(relaxation: Relaxation, multipliers: Multipliers) -> Prices:
-    counted = 1 - multipliers.link[:, None]
-    on_device, on_host = _weights(relaxation, multipliers)
-    copies = multipliers.link if relaxation.is_background else np.ones_like(multipliers.link)
-    return Prices(
-        device=(counted * on_device)[:, :, None] * relaxation.device,
-        host=(counted * on_host)[:, :, None] * relaxation.host,
-        copy=relaxation.promote * copies,
-        slot=multipliers.slot,
-        evict=relaxation.evict,
-    )
+    side, link, slot = multipliers
+    counted = 1 - link[:, None]
+    on_device, on_host = _weights(relaxation, side)
+    copy = relaxation.promote * (link if relaxation.is_background else np.ones_like(link))
+    return Prices(counted * on_device, counted * on_host, copy, slot)
 
 
 def _slopes(relaxation: Relaxation, slots: Floats, multipliers: Multipliers, paths: Paths) -> Multipliers:
     """By how much what `paths` do breaks each of the limits; 0 for a multiplier that has no part in the prices."""
     device = relaxation.device_fixed + np.einsum("fle,fle->fl", relaxation.device, paths.is_on_device)
     host = relaxation.host_fixed + np.einsum("fle,fle->fl", relaxation.host, ~paths.is_on_device)
-    on_device, on_host = _weights(relaxation, multipliers)
+    on_device, on_host = _weights(relaxation, multipliers.side)
     forward = relaxation.dense + (on_device * device + on_host * host).sum(axis=1)
-    copies = relaxation.promote * paths.is_copied.sum(axis=(1, 2))
-    residents = paths.is_resident.sum(axis=2)
+    copies = relaxation.promote * np.count_nonzero(paths.is_copied, axis=(1, 2))
+    residents = np.count_nonzero(paths.is_resident, axis=2)
     is_pooled = multipliers.slot.shape != residents.shape
     return Multipliers(
         side=(1 - multipliers.link[:, None]) * (device - host) * relaxation.is_parallel,
@@ -144,7 +138,8 @@ def first_multipliers(relaxation: Relaxation, slots: Floats) -> tuple[Multiplier
     side = np.full((F, L), 0.1)
     link = np.full(F, 0.5 if relaxation.is_background and relaxation.promote else 0.0)
     prices = _prices(relaxation, Multipliers(side, link, np.zeros((F, len(slots)))))
-    saving = np.clip(prices.host - prices.device, 0, prices.copy[:, None, None])
+    saving = prices.host[:, :, None] * relaxation.host - prices.device[:, :, None] * relaxation.device
+    saving = np.clip(saving, 0, prices.copy[:, None, None])
     slot = _next_best(_worth(saving), slots)
     unit = SLOT_SCALE * max(float(slot.mean()), 1e-3 * float(saving.mean()))
     scales = (np.full_like(side, SIDE_SCALE), np.full_like(link, LINK_SCALE), np.full_like(slot, unit))

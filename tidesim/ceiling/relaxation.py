@@ -56,13 +56,18 @@ class Relaxation:
         host, call = _host(workload, costs)
         fixed = (np.full(call.shape, float(overhead_ns)), call)
         device, device_fixed, host, host_fixed = _share_fixed(counts > 0, device, alone, host, fixed, is_parallel)
-        # Background write-back has a lane of its own that nobody need wait for.
-        evict = 0 if is_background or not costs.evict_bytes else costs.evict_ns
-        dense = _dense(workload, costs)
         return cls(
-            dense, device, host, device_fixed, host_fixed, float(costs.promote_ns), float(evict),
-            is_parallel, is_background,
-        )  # fmt: skip
+            dense=_dense(workload, costs),
+            device=device,
+            host=host,
+            device_fixed=device_fixed,
+            host_fixed=host_fixed,
+            promote=float(costs.promote_ns),
+            # Background write-back has a lane of its own that nobody need wait for.
+            evict=0.0 if is_background else float(costs.evict_ns),
+            is_parallel=is_parallel,
+            is_background=is_background,
+        )
 
 
 def _dense(workload: Workload, costs: Costs) -> Floats:
