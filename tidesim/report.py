@@ -151,9 +151,7 @@ def _draw_parts(axes: Any, rows: Sequence[Mapping[str, Any]], num_forwards: int)
         for offset, side, alpha in ((-0.2, "measured", 1.0), (0.2, "predicted", 0.55)):
             is_labelled = number == 0 and side == "measured"
             parts_s = row[f"{side}_parts_s"]
-            _draw_bar(
-                axes, number + offset, parts_s, num_forwards, is_labelled=is_labelled, height=0.38, alpha=alpha
-            )
+            _draw_bar(axes, number + offset, parts_s, num_forwards, is_labelled=is_labelled, height=0.38, alpha=alpha)
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="ms a forward: measured above, predicted (paler) below", title="Where the time goes")

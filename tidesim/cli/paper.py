@@ -198,7 +198,9 @@ def compare(
         sizes = _sizes(opened, model, weight_bits)
         split = split_sequences(len(opened.sequences), held_out_share, seed)
         chosen = split.held_out or split.training
-        workload, corpus = (opened.workload(how.context, part).tiled(sizes.num_layers) for part in (chosen, split.training))
+        workload, corpus = (
+            opened.workload(how.context, part).tiled(sizes.num_layers) for part in (chosen, split.training)
+        )
     if budget is None:
         budget = largest_budget(sizes, machine, how, workload.max_tokens, reserve)
     with console.progress("comparing") as advance:
