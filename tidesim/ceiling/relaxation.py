@@ -135,9 +135,9 @@ def _share_fixed(
     Let a layer have n experts with rows. If one of them is on a side, that side's fixed part is due, so an n-th of it
     for each expert there is never too much. Charged in full it is more, but it must then hold for a side without
     experts too. With parallel sides and any weight w, max(D, H) >= w D + (1 - w) H. Without experts on the device the
-    layer takes H >= w (fixed) + (1 - w) H if H >= fixed, H being that of all experts. Where all experts are on the
-    device and none is resident, each was fetched and runs alone: that must not be less than in a group either.
-    The same with the sides changed holds for the host. In serial the time is a sum, and that argument fails.
+    layer takes H >= w (fixed) + (1 - w) H if H >= fixed, H being that of all experts. A layer fetches all that it
+    misses or nothing, so with experts on the device but no resident all were fetched, and each runs alone: that must
+    not be less than all in a group. The same with the sides changed holds for the host. In serial the argument fails.
     """
     device_once, host_once = fixed
     is_safe = is_parallel & (host_once + host.sum(axis=2) >= device_once)
