@@ -431,6 +431,7 @@ class Copies:
         self._offload, self._layer, self._counts = offload, layer, counts
         order = (*serving.keep.promote, *serving.drop)
         self._part_of = {expert: number + 2 for number, expert in enumerate(order)}
+        self._kept = frozenset(serving.keep.promote)
         kept = self._moves(layer, serving.keep, offload.residency.fetch(layer, serving.keep))
         self.fetched = kept + self._drops(serving.drop)
         self.arrivals: list[Any] = []
@@ -447,9 +448,8 @@ class Copies:
         home, victim = self._offload.residency.victim(layer, swap.evict)
         if home != self._layer:
             return 0
-        # Whoever is fetched and evicted in one forward is first fetched.
-        is_resident = victim not in self._part_of
-        return int(self._counts[victim] > 0) if is_resident else self._part_of[victim]
+        # Whoever is kept and evicted in one forward is first fetched. A resident may be among those that are dropped.
+        return self._part_of[victim] if victim in self._kept else int(self._counts[victim] > 0)
 
     def _drops(self, drop: Sequence[int]) -> list[Copy]:
         offload, scratch = self._offload, self._offload.policy.scratch

@@ -128,12 +128,13 @@ class Run:
         ran = {expert: self.env.event() for expert in (*serving.keep.promote, *serving.drop)}
         # Who has rows in this forward gives up its slot only after it ran.
         in_use = np.flatnonzero((routed.counts[layer] > 0) & self.residency.is_resident(layer)).tolist()
-        last_use = {(layer, expert): event for expert, event in (dict.fromkeys(in_use, residents_done) | ran).items()}
-        kept = self.queue(forward, layer, self.residency.fetch(layer, serving.keep), last_use)
-        for expert, arrival in zip(serving.keep.promote, kept, strict=True):
+        kept = {expert: ran[expert] for expert in serving.keep.promote}
+        last_use = {(layer, expert): event for expert, event in (dict.fromkeys(in_use, residents_done) | kept).items()}
+        coming = self.queue(forward, layer, self.residency.fetch(layer, serving.keep), last_use)
+        for expert, arrival in zip(serving.keep.promote, coming, strict=True):
             if expert not in missed:
                 self.in_flight[layer][expert] = arrival
-        coming = kept + self.queue_drops(forward, layer, serving.drop, ran)
+        coming += self.queue_drops(forward, layer, serving.drop, ran)
         ahead = self.policy.ahead(forward, layer, routed.counts[layer], self.residency.everybody)
         for there, moves in ahead:
             self.move_later(forward, there, moves, last_use)
