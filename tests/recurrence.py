@@ -98,7 +98,7 @@ def run_layer(clock, costs, residency, policy, info, layer, counts):
     clock.wait(layer, "copy_wait", needed)
     clock.compute(layer, "device", *kernels)
     ran = {(layer, expert): clock.now for expert in hit.tolist()}
-    bring = (residency.fetch(layer, serving.keep), serving.drop, policy.scratch)
+    bring = (residency.fetch(layer, serving.keep), serving.drop, policy.scratch_experts(len(counts)))
     for expert, swap_ready, is_dropped in fetches(clock, costs, residency, layer, start, ran, bring, is_background):
         arrival = clock.copy("h2d", swap_ready, costs.promote_ns)
         if expert in missed:

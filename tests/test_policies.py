@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidesim.errors import BudgetError, InputError
+from tidesim.execution import Costs
 from tidesim.policies import POLICIES, ForwardInfo, Policy, Shape, policy
 from tidesim.residency import Residency
 from tidesim.workload import ForwardKind
@@ -21,11 +22,19 @@ def forward(
     return ForwardInfo(index, 0, kind, block, step, first, tokens=4)
 
 
-def run(policy: Policy, budgets: Sequence[int], steps: Iterable[Step], *, is_background: bool = False):
+def run(
+    policy: Policy,
+    budgets: Sequence[int],
+    steps: Iterable[Step],
+    *,
+    is_background: bool = False,
+    costs: Costs | None = None,
+):
     """Every non-empty move as (forward, layer, promote, evict), in order; the residency guards each of them."""
     steps = list(steps)
     num_experts = steps[0][1].shape[1]
-    residency = Residency(num_experts, budgets, policy.initial(Shape(num_experts, tuple(budgets))))
+    start = policy.initial(Shape(num_experts, tuple(budgets), costs))
+    residency = Residency(num_experts, budgets, start, is_pooled=policy.scope == "network")
     log = []
 
     def refresh(info, layer, counts):
@@ -36,7 +45,7 @@ def run(policy: Policy, budgets: Sequence[int], steps: Iterable[Step], *, is_bac
     def serve(info, layer, counts):
         missed = np.flatnonzero((counts > 0) & ~residency.is_resident(layer)).tolist()
         serving = policy.serve(info, layer, missed, counts, residency.everybody)
-        serving.check(layer, policy.scratch)
+        serving.check(layer, policy.scratch_experts(num_experts))
         residency.fetch(layer, serving.keep)
         return [serving.keep]
 

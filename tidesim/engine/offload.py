@@ -208,7 +208,8 @@ class Offload:
         self._slabs = [sum(self.budgets)] if self.residency.is_pooled else list(self.budgets)
         # Free slots of each slab, ascending; the slab of scratch memory is the last one.
         self._free = [list(range(num_slots)) for num_slots in self._slabs]
-        backend.open_slots([*self._slabs, policy.scratch])
+        self.scratch = policy.scratch_experts(self.num_experts)
+        backend.open_slots([*self._slabs, self.scratch])
         self._load()
         self._busy_before_ns = backend.busy_ns()
         for layer, moe in enumerate(network.moe_layers):
@@ -279,7 +280,7 @@ class Offload:
             self._move_now(layer, layer, moved[0])
         batch = self._batch(layer, x, ids)
         serving = policy.serve(self._next, layer, batch.missed.tolist(), counts, everybody)
-        serving.check(layer, policy.scratch)
+        serving.check(layer, self.scratch)
         moved.append(serving.keep)
         ahead = self._run(layer, batch, counts, serving)
         output = self.backend.combine(batch, routing.expert_weights)
@@ -452,7 +453,7 @@ class Copies:
         return self._part_of[victim] if victim in self._kept else int(self._counts[victim] > 0)
 
     def _drops(self, drop: Sequence[int]) -> list[Copy]:
-        offload, scratch = self._offload, self._offload.policy.scratch
+        offload, scratch = self._offload, self._offload.scratch
         return [
             Copy(
                 self._layer,

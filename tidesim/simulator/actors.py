@@ -42,6 +42,7 @@ class Run:
         self.links = {direction: simpy.Resource(self.env) for direction in ("h2d", "d2h")}
         self.orders = {name: simpy.Store(self.env) for name in ("host", "h2d", "d2h")}
 
+        self.scratch = policy.scratch_experts(workload.num_experts)
         placement = policy.initial(Shape(workload.num_experts, budgets, costs))
         self.residency = Residency(workload.num_experts, budgets, placement, is_pooled=policy.scope == "network")
         self.num_loaded = placement.num_experts
@@ -87,7 +88,7 @@ class Run:
             yield from self.move_now(forward, layer, moved[-1])
         missed = routed.missed(layer, everybody[layer])
         serving = policy.serve(forward, layer, missed, counts, everybody)
-        serving.check(layer, policy.scratch)
+        serving.check(layer, self.scratch)
         moved.append(serving.keep)
         work = routed.split(layer, everybody[layer], serving.on_host(missed))
         run_experts = self.run_beside if self.is_background else self.run_in_turn
@@ -280,9 +281,10 @@ class Run:
         self, forward: ForwardInfo, layer: int, drop: Sequence[int], ran: Mapping[int, simpy.Event]
     ) -> list[simpy.Event]:
         """Queue the copies into scratch memory; their arrivals. A place there is free again when its expert has run."""
-        scratch = self.policy.scratch
         return [
-            self.order("h2d", expert, [ran[drop[number - scratch]]] if number >= scratch else [], forward, layer)
+            self.order(
+                "h2d", expert, [ran[drop[number - self.scratch]]] if number >= self.scratch else [], forward, layer
+            )
             for number, expert in enumerate(drop)
         ]
 
