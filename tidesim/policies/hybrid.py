@@ -37,7 +37,7 @@ Mode = Literal["coded", "published"]
 
 
 def fiddler(popularity: npt.ArrayLike, mode: Mode = "coded", *, cpu_offload: bool = True) -> Policy:
-    """Fiddler (github.com/efeslab/fiddler): the most popular experts of the whole network; misses where cheaper.
+    """Fiddler (arXiv 2402.07033): the most popular experts of the whole network; misses where cheaper.
 
     The placement never changes: the pairs of layer and expert that are most popular in all layers together, so that
     layers differ in how many they hold. A missed expert runs on the host if that costs less than its copy and its run
@@ -177,7 +177,7 @@ def ktransformers_dynamic(threshold: int = 500) -> Policy:
 
 
 def daop(popularity: npt.ArrayLike, mode: Mode = "coded", host_cost: float = 5.0, copy_cost: float = 40.0) -> Policy:
-    """DAOP, the exact parts of it: swaps and a least sum of costs while a prompt is read, the host afterwards.
+    """DAOP (arXiv 2501.10375), the exact parts of it: swaps and a least sum while a prompt is read, then the host.
 
     Each layer begins with its most popular experts (as many in each there; here as the budgets say). A forward that
     fills the cache with a prompt first swaps: while the absent expert with most tokens of this forward has more than
