@@ -104,7 +104,7 @@ def test_fiddler_as_published_compares_the_times_of_the_profile():
     ]
     assert (result.policy, result.drops, result.promotions) == ("fiddler-as-published", 1, 0)
     assert answers(fiddler([[2] * 2 + [1] * 6]), [2], steps_of([[2, 0, 1, 2, 1, 0, 0, 0]]))[0].host == (2, 3, 4)
-    # Ties go to the device: in 17 copies an expert takes 470 + 100, as much as two rows on the host; in 18 it takes 580.
+    # Ties go to the device: in 17 copies an expert takes 470 + 100, as as two rows on the host; in 18 it is 580.
     for copies_per_expert, dropped, on_host in ((17, (3,), (2, 4)), (18, (), (2, 3, 4))):
         costs = costs_of(quick, copies_per_expert=copies_per_expert)
         log = answers(made, [2], steps_of([[2, 0, 1, 2, 1, 0, 0, 0]]), costs)
