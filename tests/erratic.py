@@ -51,6 +51,9 @@ class Erratic(Policy):
         if len(idle) and rng.random() < 0.3:
             (keep if rng.random() < 0.5 else drop).append(int(rng.choice(idle)))
         present, offset = is_resident.copy(), layer * len(counts) if self.scope == "network" else 0
+        # Residents may be copied through scratch memory as well, even those that give up their slots.
+        if rng.random() < 0.3:
+            drop += rng.permutation(np.flatnonzero(present[layer])).tolist()[:2]
         free, kept, evict = self._num_free(layer, present), [], []
         for expert in keep:
             if free:

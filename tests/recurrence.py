@@ -98,7 +98,7 @@ def run_layer(clock, costs, residency, policy, info, layer, counts):
     clock.wait(layer, "copy_wait", needed)
     clock.compute(layer, "device", *kernels)
     ran = {(layer, expert): clock.now for expert in hit.tolist()}
-    bring = (residency.fetch(layer, serving.keep), serving.drop, policy.scratch)
+    bring = (residency.fetch(layer, serving.keep), serving.drop, policy.scratch_experts(len(counts)))
     for expert, swap_ready, is_dropped in fetches(clock, costs, residency, layer, start, ran, bring, is_background):
         arrival = clock.copy("h2d", swap_ready, costs.promote_ns)
         if expert in missed:
@@ -108,7 +108,7 @@ def run_layer(clock, costs, residency, policy, info, layer, counts):
             clock.wait(layer, "copy_wait", arrival)
         elif not is_dropped:
             clock.arrivals[layer][expert] = arrival
-        ran[layer, expert] = clock.now
+        ran["scratch" if is_dropped else layer, expert] = clock.now
     ask_host(clock, costs, layer, counts[on_host], start if used.host == "parallel" else clock.now, info)
     for there, moves in policy.ahead(info, layer, counts, everybody):
         if is_background:
@@ -132,7 +132,7 @@ def fetches(clock, costs, residency, layer, start, ran, bring, is_background):
                 ready = clock.copy("d2h", ready, costs.evict_ns)
         yield swap.promote, ready, False
     for number, expert in enumerate(drop):
-        free = ran[layer, drop[number - scratch]] if number >= scratch else 0
+        free = ran["scratch", drop[number - scratch]] if number >= scratch else 0
         yield expert, max(start, free) if is_background else clock.now, True
 
 

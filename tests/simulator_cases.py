@@ -1,5 +1,6 @@
 """Timetables of runs on the machine of round numbers, and runs of any kind for properties."""
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,10 @@ def hardware(part: str, **changes):
 
 
 def play(tables, name="tide", *, budget=2, machine=None, kinds=None, steps=None, first_block=False, **changes):
-    """The timetable as sorted (resource, name, start, end), and the result, of forwards with one MoE layer each."""
+    """The timetable as sorted (resource, name, start, end), and the result, of forwards with one MoE layer each.
+
+    `name` is that of a policy, or the policy itself.
+    """
     workload = toy_workload(*([row] for row in tables), kinds=kinds, steps=steps, first_block=first_block)
     params = {"popularity": [[2, 2, 1, 1, 0, 0, 0, 0]]} if name == "static" else {}
     timeline = []
@@ -29,7 +33,7 @@ def play(tables, name="tide", *, budget=2, machine=None, kinds=None, steps=None,
         workload,
         TOY,
         machine or toy_hardware(),
-        policy(name, **params),
+        policy(name, **params) if isinstance(name, str) else name,
         budget=budget,
         execution=toy_execution(**changes),
         timeline=timeline,
@@ -60,9 +64,15 @@ def cases(draw: st.DrawFn):
         if name == "all-device"
         else draw(st.lists(st.integers(1, 8), min_size=num_layers, max_size=num_layers))
     )
-    params = {"popularity": counts.sum(axis=0)} if name == "static" else {}
-    if name.startswith("tide"):
-        params = {"refresh_interval": draw(st.integers(1, 3))}
+    takes = inspect.signature(POLICIES[name]).parameters if name in POLICIES else {}
+    drawn = {
+        "popularity": st.just(counts.sum(axis=0)),
+        "refresh_interval": st.integers(1, 3),
+        "mode": st.sampled_from(["coded", "published"]),
+        "cpu_offload": st.booleans(),
+        "threshold": st.integers(1, 4),
+    }
+    params = {param: draw(drawn[param]) for param in takes if param in drawn}
     if name == "erratic":
         params = {"scope": draw(st.sampled_from(["layer", "network"])), "scratch": draw(st.integers(1, 3))}
     choices = {

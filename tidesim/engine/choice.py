@@ -25,7 +25,8 @@ class Choice(NamedTuple):
 
     def check_memory(self, live: LiveModel, max_tokens: int) -> DeviceMemory:
         """What sequences of `max_tokens` tokens take. Raise BudgetError, with every figure, if there is not as much."""
-        need = live.memory(self.budgets, self.execution, max_tokens, self.policy.scratch)
+        scratch = self.policy.scratch_experts(live.sizes.num_experts)
+        need = live.memory(self.budgets, self.execution, max_tokens, scratch)
         limits = [limit for limit in (self.memory_bytes, live.memory_bytes) if limit is not None]
         if limits and need.total > min(limits):
             parts = {

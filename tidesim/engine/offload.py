@@ -208,7 +208,8 @@ class Offload:
         self._slabs = [sum(self.budgets)] if self.residency.is_pooled else list(self.budgets)
         # Free slots of each slab, ascending; the slab of scratch memory is the last one.
         self._free = [list(range(num_slots)) for num_slots in self._slabs]
-        backend.open_slots([*self._slabs, policy.scratch])
+        self.scratch = policy.scratch_experts(self.num_experts)
+        backend.open_slots([*self._slabs, self.scratch])
         self._load()
         self._busy_before_ns = backend.busy_ns()
         for layer, moe in enumerate(network.moe_layers):
@@ -279,7 +280,7 @@ class Offload:
             self._move_now(layer, layer, moved[0])
         batch = self._batch(layer, x, ids)
         serving = policy.serve(self._next, layer, batch.missed.tolist(), counts, everybody)
-        serving.check(layer, policy.scratch)
+        serving.check(layer, self.scratch)
         moved.append(serving.keep)
         ahead = self._run(layer, batch, counts, serving)
         output = self.backend.combine(batch, routing.expert_weights)
@@ -431,6 +432,7 @@ class Copies:
         self._offload, self._layer, self._counts = offload, layer, counts
         order = (*serving.keep.promote, *serving.drop)
         self._part_of = {expert: number + 2 for number, expert in enumerate(order)}
+        self._kept = frozenset(serving.keep.promote)
         kept = self._moves(layer, serving.keep, offload.residency.fetch(layer, serving.keep))
         self.fetched = kept + self._drops(serving.drop)
         self.arrivals: list[Any] = []
@@ -447,12 +449,11 @@ class Copies:
         home, victim = self._offload.residency.victim(layer, swap.evict)
         if home != self._layer:
             return 0
-        # Whoever is fetched and evicted in one forward is first fetched.
-        is_resident = victim not in self._part_of
-        return int(self._counts[victim] > 0) if is_resident else self._part_of[victim]
+        # Whoever is kept and evicted in one forward is first fetched. A resident may be among those that are dropped.
+        return self._part_of[victim] if victim in self._kept else int(self._counts[victim] > 0)
 
     def _drops(self, drop: Sequence[int]) -> list[Copy]:
-        offload, scratch = self._offload, self._offload.policy.scratch
+        offload, scratch = self._offload, self._offload.scratch
         return [
             Copy(
                 self._layer,

@@ -10,7 +10,8 @@ it makes the same moves wherever it runs. Whoever runs the network asks it in on
    moves count from the next forward on.
 
 Most policies are compositions of a few pieces: who begins (`composition`), when to refresh and which swaps are worth it
-(`Trigger`, `Guard`), how much an expert is worth and who is evicted (`pieces`), what becomes of misses (`splits`). A
+(`Trigger`, `Guard`), how much an expert is worth and who is evicted (`pieces`), what becomes of misses (`splits`, and
+`schedules` for those that weigh host against copies). A
 policy of your own derives from `Policy` and overrides what it decides. Each preset states its source, whether it is as
 published or as coded, and its tie order. Letters: L MoE layers, E experts per layer. τ is the refresh interval.
 """
@@ -21,6 +22,15 @@ from collections.abc import Callable
 from tidesim.errors import InputError, nearest_name
 from tidesim.policies.caches import lru
 from tidesim.policies.fixed import all_device, all_host, static
+from tidesim.policies.hybrid import (
+    daop,
+    fiddler,
+    freetoken_cpu,
+    freetoken_hybrid,
+    freetoken_offload,
+    hybrimoe,
+    ktransformers_dynamic,
+)
 from tidesim.policies.interface import Ahead, ForwardInfo, MissAction, Policy, Serving, Shape, forwards_of
 from tidesim.policies.tide import tide, tide_as_coded
 
@@ -33,6 +43,13 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "lru": lru,
     "tide": tide,
     "tide-as-coded": tide_as_coded,
+    "fiddler": fiddler,
+    "freetoken-offload": freetoken_offload,
+    "freetoken-hybrid": freetoken_hybrid,
+    "freetoken-cpu": freetoken_cpu,
+    "hybrimoe": hybrimoe,
+    "ktransformers-dynamic": ktransformers_dynamic,
+    "daop": daop,
 }
 
 

@@ -245,7 +245,7 @@ class Composition(Policy):
     victims : whose slots fetched experts take, one after another, that fetched in this very forward not excepted.
     is_in_use_safe : whether nobody who has rows in this forward may be a victim of a fetch. If no other victim is left,
         the expert is dropped after use instead.
-    scope, scratch, is_routing_only : see `Policy`.
+    scope, scratch, scratch_layers, is_routing_only : see `Policy`.
     needs_slots : whether it cannot do without a slot in each layer.
     """
 
@@ -260,9 +260,11 @@ class Composition(Policy):
         is_in_use_safe: bool = False,
         scope: Literal["layer", "network"] = "layer",
         scratch: int = 0,
+        scratch_layers: int = 0,
         is_routing_only: bool = True,
     ) -> None:
-        self.name, self.scope, self.scratch, self.is_routing_only = name, scope, scratch, is_routing_only
+        self.name, self.scope, self.is_routing_only = name, scope, is_routing_only
+        self.scratch, self.scratch_layers = scratch, scratch_layers
         self._start, self._refresh, self._victims = start, refresh, victims
         self._split = split or OnHost()
         self._is_in_use_safe = is_in_use_safe

@@ -120,7 +120,8 @@ class Policy(ABC):
     scope : "layer": each layer has its own slots. "network": all layers share the sum of the slots, a victim may be of
         any layer, and is named as l * E + e: expert e of layer l. Whoever is promoted or dropped is of the layer that
         the moves are for, and is named by its id in that layer.
-    scratch : experts that fit into the scratch memory that `Serving.drop` goes through.
+    scratch : experts that fit into the scratch memory that `Serving.drop` goes through, and
+    scratch_layers : the whole layers of experts that fit into it besides.
     is_routing_only : whether it decides by the routing alone; if not, by the profile's predicted times too, which it
         finds in `Shape.costs`. Neither kind ever looks at a clock.
     miss_action : what becomes of misses, for the record: "host", "fetch" or "split" between the two.
@@ -131,6 +132,7 @@ class Policy(ABC):
     name: str
     scope: Literal["layer", "network"] = "layer"
     scratch: int = 0
+    scratch_layers: int = 0
     is_routing_only: bool = True
     miss_action: MissAction = "host"
 
@@ -138,6 +140,10 @@ class Policy(ABC):
     def refresh_interval(self) -> Interval:
         """See the class."""
         return None
+
+    def scratch_experts(self, num_experts: int) -> int:
+        """Experts that fit into scratch memory, if a layer has `num_experts`."""
+        return self.scratch + self.scratch_layers * num_experts
 
     @abstractmethod
     def initial(self, shape: Shape) -> Placement:

@@ -5,6 +5,7 @@ chose, and who was promoted or evicted. Letters: L MoE layers, E experts per lay
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from heapq import heappop, heappush
 from typing import Literal
 
 import numpy as np
@@ -146,6 +147,36 @@ class LastActive(Score):
         self.table[layer, counts > 0] = forward.index + 1
 
 
+class LastActiveBefore(LastActive):
+    """The forward, counted from 1, that routed to an expert last before the current one."""
+
+    def begin(self, shape: Shape) -> None:
+        """Nobody was routed to."""
+        super().begin(shape)
+        self._now = np.zeros_like(self.table)
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """What was the current forward has passed."""
+        self.table[layer] = self._now[layer]
+        self._now[layer, counts > 0] = forward.index + 1
+
+
+class LastTurn(Score):
+    """The turn in which an expert was used last on the device; each layer of each forward is one, counted from 1.
+
+    All that are used in one turn are equal.
+    """
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """The residents that have rows are used."""
+        self._turn = forward.index * len(self.table) + layer + 1
+        self.table[layer, (counts > 0) & is_resident[layer]] = self._turn
+
+    def promoted(self, layer: int, expert: int) -> None:
+        """Who comes in is used in this turn."""
+        self.table[layer, expert] = self._turn
+
+
 class Visits(Score):
     """Forwards in which an expert ran on the device: as a resident, or as one fetched.
 
@@ -201,6 +232,57 @@ class FrequencyOverAge(Score):
         """Who comes in was used once."""
         self._uses[layer, expert], self._last[layer, expert] = 1, self._now
         self.table[layer, expert] = 1
+
+
+class SmoothedShare(Score):
+    """Share of a layer's routed pairs, smoothed: each forward moves it by `alpha` of the way to its own share."""
+
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """Move by `alpha` of the way."""
+        share = counts / max(1, int(counts.sum()))
+        self.table[layer] = (1 - self._alpha) * self.table[layer] + self._alpha * share
+
+
+class LowerId(Score):
+    """The lower an expert's id, the more it is worth: for ties that the lower id shall survive."""
+
+    def begin(self, shape: Shape) -> None:
+        """Nothing is learnt here."""
+        self.table = np.tile(-np.arange(shape.num_experts, dtype=np.float64), (shape.num_layers, 1))
+
+
+class Slot(Score):
+    """The number of the slot that a resident lies in, counted through all layers: for ties that the lower slot loses.
+
+    The first residents fill the slots in order of their layers and ids. Who comes in takes the lowest free one; for one
+    that is fetched that is its victim's.
+    """
+
+    def begin(self, shape: Shape) -> None:
+        """Who lies where is seen with the first forward."""
+        super().begin(shape)
+        self._num_slots = sum(shape.budgets)
+        self._free: list[int] | None = None
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """The first forward shows the first residents."""
+        if self._free is None:
+            num_taken = int(np.count_nonzero(is_resident))
+            self.table[is_resident] = np.arange(num_taken)
+            self._free = list(range(num_taken, self._num_slots))
+
+    def promoted(self, layer: int, expert: int) -> None:
+        """It takes the lowest free slot."""
+        assert self._free is not None
+        self.table[layer, expert] = heappop(self._free)
+
+    def evicted(self, layer: int, expert: int) -> None:
+        """Its slot is free."""
+        assert self._free is not None
+        heappush(self._free, int(self.table[layer, expert]))
 
 
 class Popularity(Score):

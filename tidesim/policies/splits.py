@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from tidesim.policies.interface import Counts, ForwardInfo, Mask, MissAction
-from tidesim.policies.pieces import Piece
+from tidesim.policies.pieces import Piece, best
+from tidesim.workload import ForwardKind
 
 
 class Fetched(NamedTuple):
@@ -65,6 +68,65 @@ class DropAll(Split):
     ) -> Fetched:
         """Everybody."""
         return Fetched(drop=missed)
+
+
+class StreamLayer(Split):
+    """The whole layer is copied in ascending ids, whoever has rows or not, for this forward only.
+
+    Parameters
+    ----------
+    with_residents : whether residents are copied once more. Without, they come out of their slots, for nothing.
+    """
+
+    action: MissAction = "fetch"
+
+    def __init__(self, *, with_residents: bool = True) -> None:
+        self._with_residents = with_residents
+
+    def choose(
+        self, forward: ForwardInfo, layer: int, missed: Sequence[int], counts: Counts, is_resident: Mask
+    ) -> Fetched:
+        """Everybody, or everybody who is absent."""
+        everybody = range(len(counts))
+        return Fetched(drop=[expert for expert in everybody if self._with_residents or not is_resident[layer, expert]])
+
+
+class StreamAndKeepTop(Split):
+    """The whole layer is copied, and those with most tokens of this forward stay: as many as there were residents.
+
+    Ties: the lower id stays. Who stays without having been resident is copied first, then all the others for this
+    forward only, residents once more among them; both in ascending ids. Victims must be those with fewest tokens, and
+    of equal ones the higher id: see `pieces.LowerId`.
+    """
+
+    action: MissAction = "fetch"
+
+    def choose(
+        self, forward: ForwardInfo, layer: int, missed: Sequence[int], counts: Counts, is_resident: Mask
+    ) -> Fetched:
+        """Everybody."""
+        top = best(counts.astype(np.float64), int(np.count_nonzero(is_resident[layer])))
+        keep = sorted(expert for expert in top if not is_resident[layer, expert])
+        return Fetched(keep, [expert for expert in range(len(counts)) if expert not in keep])
+
+
+class ByKind(Split):
+    """One split for forwards that fill the cache with a prompt, and another for all others."""
+
+    def __init__(self, prefill: Split, others: Split) -> None:
+        self._prefill, self._others = prefill, others
+
+    @property
+    def parts(self) -> Sequence[Piece]:
+        """Both splits."""
+        return self._prefill, self._others
+
+    def choose(
+        self, forward: ForwardInfo, layer: int, missed: Sequence[int], counts: Counts, is_resident: Mask
+    ) -> Fetched:
+        """See `Split`."""
+        split = self._prefill if forward.kind == ForwardKind.PREFILL else self._others
+        return split.choose(forward, layer, missed, counts, is_resident)
 
 
 class ByTokens(Split):

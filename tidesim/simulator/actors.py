@@ -42,6 +42,7 @@ class Run:
         self.links = {direction: simpy.Resource(self.env) for direction in ("h2d", "d2h")}
         self.orders = {name: simpy.Store(self.env) for name in ("host", "h2d", "d2h")}
 
+        self.scratch = policy.scratch_experts(workload.num_experts)
         placement = policy.initial(Shape(workload.num_experts, budgets, costs))
         self.residency = Residency(workload.num_experts, budgets, placement, is_pooled=policy.scope == "network")
         self.num_loaded = placement.num_experts
@@ -87,7 +88,7 @@ class Run:
             yield from self.move_now(forward, layer, moved[-1])
         missed = routed.missed(layer, everybody[layer])
         serving = policy.serve(forward, layer, missed, counts, everybody)
-        serving.check(layer, policy.scratch)
+        serving.check(layer, self.scratch)
         moved.append(serving.keep)
         work = routed.split(layer, everybody[layer], serving.on_host(missed))
         run_experts = self.run_beside if self.is_background else self.run_in_turn
@@ -128,12 +129,13 @@ class Run:
         ran = {expert: self.env.event() for expert in (*serving.keep.promote, *serving.drop)}
         # Who has rows in this forward gives up its slot only after it ran.
         in_use = np.flatnonzero((routed.counts[layer] > 0) & self.residency.is_resident(layer)).tolist()
-        last_use = {(layer, expert): event for expert, event in (dict.fromkeys(in_use, residents_done) | ran).items()}
-        kept = self.queue(forward, layer, self.residency.fetch(layer, serving.keep), last_use)
-        for expert, arrival in zip(serving.keep.promote, kept, strict=True):
+        kept = {expert: ran[expert] for expert in serving.keep.promote}
+        last_use = {(layer, expert): event for expert, event in (dict.fromkeys(in_use, residents_done) | kept).items()}
+        coming = self.queue(forward, layer, self.residency.fetch(layer, serving.keep), last_use)
+        for expert, arrival in zip(serving.keep.promote, coming, strict=True):
             if expert not in missed:
                 self.in_flight[layer][expert] = arrival
-        coming = kept + self.queue_drops(forward, layer, serving.drop, ran)
+        coming += self.queue_drops(forward, layer, serving.drop, ran)
         ahead = self.policy.ahead(forward, layer, routed.counts[layer], self.residency.everybody)
         for there, moves in ahead:
             self.move_later(forward, there, moves, last_use)
@@ -279,9 +281,10 @@ class Run:
         self, forward: ForwardInfo, layer: int, drop: Sequence[int], ran: Mapping[int, simpy.Event]
     ) -> list[simpy.Event]:
         """Queue the copies into scratch memory; their arrivals. A place there is free again when its expert has run."""
-        scratch = self.policy.scratch
         return [
-            self.order("h2d", expert, [ran[drop[number - scratch]]] if number >= scratch else [], forward, layer)
+            self.order(
+                "h2d", expert, [ran[drop[number - self.scratch]]] if number >= self.scratch else [], forward, layer
+            )
             for number, expert in enumerate(drop)
         ]
 

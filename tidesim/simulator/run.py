@@ -45,7 +45,8 @@ def simulate(
     budgets = per_layer(budget, model.num_layers, "budget")
     check_budgets(budgets, model.num_experts)
     if is_memory_checked:
-        check_memory(model, hardware, execution, budgets, workload.max_tokens, reserve_bytes, policy.scratch)
+        scratch = policy.scratch_experts(model.num_experts)
+        check_memory(model, hardware, execution, budgets, workload.max_tokens, reserve_bytes, scratch)
     costs = Costs(model, hardware, execution, int(workload.tokens.max()))
     run = Run(workload, costs, policy, budgets, decisions, timeline)
     run.play()
