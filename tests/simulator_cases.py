@@ -1,5 +1,6 @@
 """Timetables of runs on the machine of round numbers, and runs of any kind for properties."""
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +9,21 @@ from hypothesis import strategies as st
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim.policies import POLICIES, policy
+from tidesim.policies.predictors import Noisy, Oracle, Previous
 from tidesim.simulator import simulate
 
 # Rows of counts for the eight experts of the toy network: three rows, two experts each.
 SWAPPED = [0, 0, 3, 3, 0, 0, 0, 0]
 MIXED = [2, 2, 1, 1, 0, 0, 0, 0]
+
+# They copy even where every expert has a slot: they begin with nobody, and keep nobody.
+EMPTY_AT_FIRST = ("all-host", "pre-gated")
+
+
+def data_of(name, workload, predictor):
+    """Parameters that a policy cannot do without: what only a caller has."""
+    known = {"popularity": workload.counts.sum(axis=0), "corpus": workload, "predictor": predictor}
+    return {key: known[key] for key in inspect.signature(POLICIES[name]).parameters if key in known}
 
 
 def hardware(part: str, **changes):
@@ -60,7 +71,10 @@ def cases(draw: st.DrawFn):
         if name == "all-device"
         else draw(st.lists(st.integers(1, 8), min_size=num_layers, max_size=num_layers))
     )
-    params = {"popularity": counts.sum(axis=0)} if name == "static" else {}
+    predictor = draw(st.sampled_from([Oracle(workload), Noisy(workload, 0.5), Previous()]))
+    params = data_of(name, workload, predictor) if name in POLICIES else {}
+    if name == "finemoe":
+        params["distance"] = draw(st.integers(1, 2))
     if name.startswith("tide"):
         params = {"refresh_interval": draw(st.integers(1, 3))}
     if name == "erratic":

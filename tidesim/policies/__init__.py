@@ -10,9 +10,10 @@ it makes the same moves wherever it runs. Whoever runs the network asks it in on
    moves count from the next forward on.
 
 Most policies are compositions of a few pieces: who begins (`composition`), when to refresh and which swaps are worth it
-(`Trigger`, `Guard`), how much an expert is worth and who is evicted (`pieces`), what becomes of misses (`splits`). A
-policy of your own derives from `Policy` and overrides what it decides. Each preset states its source, whether it is as
-published or as coded, and its tie order. Letters: L MoE layers, E experts per layer. τ is the refresh interval.
+(`Trigger`, `Guard`), how much an expert is worth and who is evicted (`pieces`), what becomes of misses (`splits`), whom
+to fetch ahead (`prefetch`) and who says so (`predictors`). A policy of your own derives from `Policy` and overrides
+what it decides. Each preset states its source, whether it is as published or as coded, and its tie order. Letters: L
+MoE layers, E experts per layer. τ is the refresh interval.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from tidesim.errors import InputError, nearest_name
 from tidesim.policies.caches import lru
 from tidesim.policies.fixed import all_device, all_host, static
 from tidesim.policies.interface import Ahead, ForwardInfo, MissAction, Policy, Serving, Shape, forwards_of
+from tidesim.policies.prefetching import PreGated, finemoe, moe_infinity_paper, next_layer_prefetch
 from tidesim.policies.tide import tide, tide_as_coded
 
 __all__ = ["POLICIES", "Ahead", "ForwardInfo", "MissAction", "Policy", "Serving", "Shape", "forwards_of", "policy"]
@@ -33,6 +35,10 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "lru": lru,
     "tide": tide,
     "tide-as-coded": tide_as_coded,
+    "pre-gated": PreGated,
+    "moe-infinity-paper": moe_infinity_paper,
+    "finemoe": finemoe,
+    "next-layer-prefetch": next_layer_prefetch,
 }
 
 
