@@ -1,4 +1,10 @@
-"""Systems that fetch experts for layers that are still to run. All compute on the device alone."""
+"""Systems that fetch experts for layers that are still to run. All compute on the device alone.
+
+Some of the originals keep prefetches in a queue that a miss overtakes, and remove from it those of layers that have
+run. Here the link is first come first served and a copy once ordered is made, so a miss may wait for prefetches: to say
+otherwise a policy would need a clock. Where an original does not say who begins, or begins empty and reads from a
+drive, the first residents are ids 0..B-1 of each layer.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,7 +14,7 @@ import numpy as np
 from tidesim.errors import InputError
 from tidesim.policies.composition import Composition, first_ids, nobody
 from tidesim.policies.interface import Ahead, Counts, ForwardInfo, Mask, MissAction, Policy, Serving, Shape
-from tidesim.policies.pieces import FrequencyOverAge, Highest, Lowest, Visits, everything_in
+from tidesim.policies.pieces import FrequencyOverAge, Highest, Lowest, Victims, Visits, everything_in
 from tidesim.policies.predictors import ExpectedVisits, NearestForward, NearestSequence, Predictor
 from tidesim.policies.prefetch import CumulativeShare, MostExpected, Prefetch, all_expected
 from tidesim.policies.splits import KeepAll
@@ -83,91 +89,81 @@ def _not_needed(layer: int, counts: Counts, is_resident: Mask) -> list[int]:
     return ids
 
 
+def _shared_cache(name: str, victims: Victims, prefetch: Prefetch) -> Policy:
+    """One cache for all layers, filled by a prefetch and on demand.
+
+    Misses are fetched in ascending ids and kept. A victim is neither expected in a later layer nor used by the running
+    one. If there is none, a prefetch is left out, and a miss goes through scratch memory, which holds one expert.
+    """
+    return Composition(
+        name,
+        first_ids,
+        split=KeepAll(),
+        victims=victims,
+        prefetch=prefetch,
+        is_in_use_safe=True,
+        scope="network",
+        scratch=1,
+    )
+
+
 def moe_infinity_paper(corpus: Workload, mode: Literal["coded", "published"] = "published") -> Policy:
     """MoE-Infinity as in its paper (arXiv 2401.14361): experts of like sequences are prefetched for all later layers.
 
     After each router the sequence so far is matched against those of `corpus`, see `predictors.NearestSequence`.
     Whoever the nearest one used in a later layer is fetched unless it is there, most tokens times nearness first. They
-    are all candidates, also those without a slot, and candidates keep their slots until their layer runs. Misses are
-    fetched in ascending ids and kept. All layers share the slots. The victim is neither a candidate nor used by the
-    running layer; if there is none, a prefetch is left out, and a miss goes through scratch memory, which holds one
-    expert. Visits are counted when a copy is made, prefetches too, and when a resident is used; they outlast an
-    eviction, and start again with each sequence.
+    are all candidates, also those without a slot, and no victims until their layer runs; all else is as in
+    `_shared_cache`. Visits are counted when a copy is made, prefetches too, and when a resident is used; they outlast
+    an eviction, and start again with each sequence.
 
     As published, all layers are compared and the victim has the fewest visits. As coded (the project's older path,
     off in its present code), only later layers are compared, every expert of a later layer is a candidate by a floor of
     1e-8 tokens, and victims are sorted the wrong way round: the most visited goes first.
 
-    What differs: the original keeps prefetches in a queue that a miss overtakes and from which it removes those of
-    layers that have run. Here the link is first come first served and a copy once ordered is made, so a miss may wait
-    for prefetches; to say otherwise a policy would need a clock. The store of sequences is `corpus` as it is,
-    without additions or replacement. The first residents, ids 0..B-1, are decided here; the original starts empty and
-    reads from a drive. Ties, open in the original: the lower layer first, then the lower id.
+    What differs: misses do not overtake prefetches (see the module), and the store of sequences is `corpus` as it is,
+    without additions or replacement. Ties, open in the original: the lower layer first, then the lower id.
 
     Parameters
     ----------
     corpus : sequences that ran before; not those that are run.
-    mode : see above.
+    mode : see above. Raise InputError if it is another one.
     """
     if mode not in ("coded", "published"):
         raise InputError(f"mode(={mode!r}) must be 'coded' or 'published'.")
-    visits = Visits("sequence")
-    if mode == "coded":
-        predictor = NearestSequence(corpus, "later", floor=1e-8)
-        victims: Lowest = Highest(visits, scope="network")
-    else:
-        predictor, victims = NearestSequence(corpus), Lowest(visits, scope="network")
-    return Composition(
-        "moe-infinity-paper",
-        first_ids,
-        split=KeepAll(),
-        victims=victims,
-        prefetch=Prefetch(predictor, furthest=None, order="network"),
-        is_in_use_safe=True,
-        scope="network",
-        scratch=1,
-    )
+    visits, is_coded = Visits("sequence"), mode == "coded"
+    predictor = NearestSequence(corpus, "later", floor=1e-8) if is_coded else NearestSequence(corpus)
+    victims = Highest(visits, scope="network") if is_coded else Lowest(visits, scope="network")
+    return _shared_cache("moe-infinity-paper", victims, Prefetch(predictor, furthest=None, order="network"))
 
 
 def finemoe(corpus: Workload, distance: int = 6, least: int = 8) -> Policy:
-    """FineMoE (github.com/IntelliSys-Lab/FineMoE-EuroSys26): a forward like a known one needs the same experts.
+    """FineMoE (github.com/IntelliSys-Lab/FineMoE-EuroSys26) as first released: like forwards need like experts.
 
     After the router of layer l this forward's layers so far are matched against the forwards of `corpus`, see
     `predictors.NearestForward`. For each layer from l + `distance` on the experts with the highest shares in the
     nearest forward are chosen as long as these add up to 1 - cosine at most, and at least `least` of them. They are
-    fetched by share over distance, whatever their layer, unless they are there, and keep their slots until their layer
-    runs. Misses are fetched in ascending ids before the layer goes on, and kept. All layers share the slots. The
-    victim has the lowest product of its last predicted share and its visits since it came in (see `ExpectedVisits`),
-    and is neither chosen nor used by the running layer; if there is none, a prefetch is left out, and a miss goes
-    through scratch memory, which holds one expert.
+    fetched by share over distance, whatever their layer, unless they are there. The victim has the lowest product of
+    its last predicted share and its visits, see `predictors.ExpectedVisits`; all else is as in `_shared_cache`.
 
     What differs: the original matches router probabilities of one token, here it is the shares of a forward's tokens,
     so `least` (its top-k) is small for a forward of many tokens. It finds the first `distance` layers by the nearest
     prompt embedding; a workload has none, so nothing is known of them: they are fetched on demand, are worth nothing
-    and are the first victims. The original adds 1e-6 to every expert so that all are ranked; here who has no share in
-    the nearest forward is not fetched. Its store of 1000 prompts replaces the most redundant one; here it is `corpus`
-    as it is. Prefetches that a miss overtakes are as in `moe_infinity_paper`. The first residents, ids 0..B-1, are
-    decided here. Ties, open in the original: the lower layer first, then the lower id.
+    and are the first victims. It adds 1e-6 to every expert so that all are ranked; here who has no share in the nearest
+    forward is not fetched. Its store replaces the most redundant prompt; here it is `corpus` as it is. Misses do not
+    overtake prefetches (see the module). Ties, open in the original: the lower layer first, then the lower id.
 
     Parameters
     ----------
     corpus : forwards that ran before; not those that are run.
-    distance : layers from the one that runs to the nearest one that is fetched for, >= 1.
-    least : experts of a layer that are fetched at least, if so many are expected.
+    distance : layers from the one that runs to the nearest one that is fetched for, >= 1. Raise InputError otherwise.
+    least : experts of a layer that are fetched at least, if so many are expected; >= 0.
     """
     if distance < 1 or least < 0:
         raise InputError(f"distance(={distance}) must be >= 1, and least(={least}) must be >= 0.")
     predictor = NearestForward(corpus)
-    return Composition(
-        "finemoe",
-        first_ids,
-        split=KeepAll(),
-        victims=Lowest(ExpectedVisits(predictor, distance), scope="network"),
-        prefetch=Prefetch(predictor, CumulativeShare(least), nearest=distance, furthest=None, order="network"),
-        is_in_use_safe=True,
-        scope="network",
-        scratch=1,
-    )
+    victims = Lowest(ExpectedVisits(predictor, distance), scope="network")
+    prefetch = Prefetch(predictor, CumulativeShare(least), nearest=distance, furthest=None, order="network")
+    return _shared_cache("finemoe", victims, prefetch)
 
 
 def next_layer_prefetch(predictor: Predictor, most: int | None = None) -> Policy:
@@ -180,13 +176,12 @@ def next_layer_prefetch(predictor: Predictor, most: int | None = None) -> Policy
 
     What differs: tinyserve's own predictor is the next layer's router on the current hidden state, which is `Recorded`
     here. The age of a layer's experts is that of the layer's last forward until its router is done again. With more
-    experts in use than slots vLLM splits a forward, and here they take turns in the slots. The first residents are ids
-    0..B-1. Ties: the lower id.
+    experts in use than slots vLLM splits a forward, and here they take turns in the slots. Ties: the lower id.
 
     Parameters
     ----------
     predictor : who is needed in the next layer.
-    most : experts that are fetched ahead in a layer at most; None: all that are expected.
+    most : experts that are fetched ahead in a layer at most; None: all that are expected. Raise InputError if < 0.
     """
     if most is not None and most < 0:
         raise InputError(f"most(={most}) must be >= 0.")
