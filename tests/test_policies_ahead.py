@@ -59,12 +59,12 @@ class Foretold(Predictor):
         return self.sure
 
 
-def moves_of(made, budgets, tables):
+def moves_of(made, budgets, tables, **changes):
     """What is done, by forward and layer: fetched and kept, their victims, fetched and dropped, ahead as tuples.
 
     The misses are checked to be served by the device.
     """
-    workload = toy_workload(*tables)
+    workload = toy_workload(*tables, **changes)
     E = workload.num_experts
     residency = Residency(E, budgets, made.initial(Shape(E, tuple(budgets))), is_pooled=made.scope == "network")
     log = {}
@@ -193,8 +193,18 @@ def test_the_nearest_sequence_has_the_highest_mean_cosine():
     # What the sequence got so far counts still: layer 1 is like the second, layer 0 with [2, 1] like the first.
     see(nearest, forward(1), 0, [1, 0])
     assert nearest.predict(forward(1), 0, 1).tolist() == [0, 1.5]
-    see(nearest, forward(2, sequence=1), 0, [1, 0])
-    assert nearest.predict(forward(2, sequence=1), 0, 1).tolist() == [1.5, 0]
+
+
+def test_a_new_sequence_is_matched_from_nothing():
+    nearest = begun(NearestSequence(SEQUENCES), 3, 2)
+    see(nearest, forward(), 0, [2, 1])
+    see(nearest, forward(), 1, [0, 2])
+    # Layer 1 would be like the second sequence still.
+    see(nearest, forward(1, sequence=1), 0, [2, 1])
+    assert nearest.predict(forward(1, sequence=1), 0, 1).tolist() == [1.5, 0]
+    # With the tokens of sequence 1, [2 2] would be as like one as the other.
+    see(nearest, forward(2, sequence=2), 0, [0, 1])
+    assert nearest.predict(forward(2, sequence=2), 0, 1).tolist() == [0, 1.5]
 
 
 def test_as_coded_only_later_layers_are_compared_and_everybody_is_expected_a_little():
@@ -455,6 +465,15 @@ def test_moe_infinity_fetches_the_most_expected_first_over_all_layers():
     log = moves_of(policy("moe-infinity-paper", corpus=corpus), [2, 2, 2], [[[4, 0, 0, 0]] * 3])
     # Victims: 1 of layer 0, and then 0, 1 of layer 1.
     assert log[0, 0] == ((), (), (), [(1, (2,), (1,)), (2, (3,), (4,)), (1, (3,), (5,))])
+
+
+def test_moe_infinity_counts_visits_of_one_sequence():
+    # Within a sequence 1 of layer 1 would have the fewest, none; in a new one 0 of layer 0 has none either.
+    same, other = [[4, 0, 0, 0], [4, 0, 0, 0]], [[0, 2, 2, 0], [4, 0, 0, 0]]
+    made = policy("moe-infinity-paper", corpus=toy_workload(same))
+    for sequences, victim in (([3, 3], 5), ([3, 4], 0)):
+        log = moves_of(made, [2, 2], [same, other], sequence=np.array(sequences, np.int32))
+        assert log[1, 0] == ((2,), (victim,), (), [])
 
 
 def test_modes_that_are_none_are_refused():
