@@ -135,19 +135,43 @@ def _share_fixed(
     Let a layer have n experts with rows. If one of them is on a side, that side's fixed part is due, so an n-th of it
     for each expert there is never too much. Charged in full it is more, but it must then hold for a side without
     experts too. With parallel sides and any weight w, max(D, H) >= w D + (1 - w) H. Without experts on the device the
-    layer takes H >= w (fixed) + (1 - w) H if H >= fixed, H being that of all experts. A layer fetches all that it
-    misses or nothing, so with experts on the device but no resident all were fetched, and each runs alone: that must
-    not be less than all in a group. The same with the sides changed holds for the host. In serial the argument fails.
+    layer takes H >= w (fixed) + (1 - w) H if H >= fixed, H being that of all experts. With experts on the device but no
+    resident, all of those were fetched and run alone, and what each takes more than in a group may not make up for the
+    fixed part: that can be so for few of them only, and then H, that of the others, must be at least what those few
+    take in a group. The same with the sides changed holds for the host. In serial the argument fails.
     """
     device_once, host_once = fixed
-    is_safe = is_parallel & (host_once + host.sum(axis=2) >= device_once)
-    is_safe &= (alone - device).sum(axis=2) >= device_once
+    is_safe = is_parallel & _is_always_due(is_active, device, alone - device, host, device_once, host_once)
     device, device_fixed = _spread(device, device_once, is_safe, is_active)
     # An expert that was fetched may run alone, without the others' kernel.
     device = np.minimum(device, alone)
     is_safe = is_parallel & (device_fixed + device.sum(axis=2) >= host_once)
     host, host_fixed = _spread(host, host_once, is_safe, is_active)
     return device, device_fixed, host, host_fixed
+
+
+def _is_always_due(
+    is_active: Mask, device: Floats, extra: Floats, host: Floats, device_once: Floats, host_once: Floats
+) -> Mask:
+    """Whether a layer always takes at least what it would if the device's fixed part were due, [F, L].
+
+    `extra` is what an expert takes more where it runs alone. Of experts whose extra does not make up for the fixed part
+    there are most if they are those with the least extra. At worst those few are the slowest of all on the host, which
+    it is then spared, and the slowest on the device.
+    """
+    num_active = is_active.sum(axis=2)
+    least_extra = np.cumsum(np.sort(np.where(is_active, extra, np.inf), axis=2), axis=2)
+    few = (least_extra < device_once[:, :, None]).sum(axis=2)
+    spared, taken = (_largest(side, few) for side in (host, device))
+    return (few < num_active) & (host_once + host.sum(axis=2) - spared >= device_once + taken)
+
+
+def _largest(values: Floats, num: npt.NDArray[np.int64]) -> Floats:
+    """The sum of the `num` [F, L] largest of `values` [F, L, E]."""
+    sums = np.cumsum(np.sort(values, axis=2)[:, :, ::-1], axis=2)
+    last = np.take_along_axis(sums, np.maximum(num - 1, 0)[:, :, None], axis=2)[:, :, 0]
+    largest: Floats = np.where(num > 0, last, 0.0)
+    return largest
 
 
 def _spread(each: Floats, once: Floats, is_safe: Mask, is_active: Mask) -> tuple[Floats, Floats]:

@@ -163,6 +163,7 @@ def compare(
         check_memory(model, hardware, execution, budget, workload.max_tokens, reserve_bytes)
     costs = Costs(model, hardware, execution, int(workload.tokens.max()))
     knowledge = Knowledge(
+        workload=workload,
         corpus=corpus,
         popularity=corpus.counts.sum(axis=0, dtype=np.int64),
         hindsight=costs.host_expert_ns[workload.counts].sum(axis=0),
@@ -176,7 +177,7 @@ def compare(
         budget=budget,
         seed=seed,
     )
-    who = contenders(distinct_intervals(intervals, workload), names)
+    who = contenders(distinct_intervals(intervals, workload), names, has_lookahead=workload.lookahead is not None)
     outcomes = []
     with Workers(setting, workers) as pool:
         for outcome in pool.map(_run, who):
@@ -215,14 +216,15 @@ def _run(setting: _Setting, contender: Contender) -> _Outcome:
     """Simulate one contender."""
     try:
         made = setting.knowledge.make(contender)
-        budgets = slots_left(setting.budget, made.scratch, setting.model.num_layers)
+        scratch = made.scratch_experts(setting.model.num_experts)
+        budgets = slots_left(setting.budget, scratch, setting.model.num_layers)
         if budgets is None:
             total = setting.budget * setting.model.num_layers
-            return _Outcome(None, reason=f"its scratch memory of {made.scratch} experts exceeds the {total} slots")
+            return _Outcome(None, reason=f"its scratch memory of {scratch} experts exceeds the {total} slots")
         result = _simulated(setting, made, budgets)
     except (BudgetError, InputError) as error:
         return _Outcome(None, reason=str(error))
-    return _Outcome(result, made.scope == "network", made.scratch, made.is_routing_only)
+    return _Outcome(result, made.scope == "network", scratch, made.is_routing_only)
 
 
 def _simulated(setting: _Setting, made: Policy, budgets: tuple[int, ...]) -> RunResult:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tidesim.errors import InputError
 from tidesim.policies import POLICIES, Policy, policy
+from tidesim.policies.predictors import Oracle, Predictor, Previous, Recorded
 from tidesim.workload import Workload
 
 # References that do not use the same memory, and are no rivals.
@@ -39,11 +40,13 @@ class Knowledge:
 
     Parameters
     ----------
-    corpus : other sequences than those that are compared on.
+    workload : the sequences that are compared on.
+    corpus : other sequences.
     popularity : [L, E], tokens that each expert got in the corpus.
-    hindsight : [L, E], ns that the host would take for all that an expert gets in the sequences compared on.
+    hindsight : [L, E], ns that the host would take for all that an expert gets in `workload`.
     """
 
+    workload: Workload
     corpus: Workload
     popularity: npt.NDArray[np.int64]
     hindsight: npt.NDArray[np.int64]
@@ -57,6 +60,8 @@ class Knowledge:
         params = dict(contender.params)
         if params.get("popularity") == "hindsight":
             params["popularity"] = self.hindsight
+        if "predictor" in params:
+            params["predictor"] = self._predictor(params["predictor"])
         for param, accepted in inspect.signature(POLICIES[contender.policy]).parameters.items():
             if param in known and param not in params:
                 params[param] = known[param]
@@ -64,11 +69,22 @@ class Knowledge:
                 raise InputError(f"policy {contender.policy!r} needs {param!r}, which a comparison does not know.")
         return policy(contender.policy, **params)
 
+    def _predictor(self, name: str) -> Predictor:
+        """The predictor called `name`."""
+        if name == "look-ahead":
+            assert self.workload.lookahead is not None
+            return Recorded(self.workload.lookahead)
+        return Oracle(self.workload) if name == "oracle" else Previous()
 
-def contenders(intervals: Sequence[int], names: Sequence[str] | None = None) -> list[Contender]:
+
+def contenders(
+    intervals: Sequence[int], names: Sequence[str] | None = None, *, has_lookahead: bool = False
+) -> list[Contender]:
     """Everybody, or those policies that are named: one row each, and one for each interval of those that refresh.
 
-    The best static placement in hindsight is always among them. Raise InputError for an unknown name.
+    Those that go by a predictor get a row with one that is always right, and one with what an engine has: the recorded
+    look-ahead of the routers if there is one, else the forward before. The best static placement in hindsight is always
+    among them. Raise InputError for an unknown name.
     """
     chosen = [name for name in POLICIES if name not in _NOT_RIVALS] if names is None else list(names)
     unknown = [name for name in chosen if name not in POLICIES]
@@ -81,6 +97,9 @@ def contenders(intervals: Sequence[int], names: Sequence[str] | None = None) -> 
                 Contender(f"{name}, tau={interval}", name, (("refresh_interval", interval),), family=name)
                 for interval in intervals
             ]
+        elif "predictor" in inspect.signature(POLICIES[name]).parameters:
+            real = "look-ahead" if has_lookahead else "previous forward"
+            found += [Contender(f"{name}, {how}", name, (("predictor", how),)) for how in ("oracle", real)]
         else:
             found.append(Contender(name, name))
     return found
