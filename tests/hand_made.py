@@ -38,13 +38,21 @@ def writer(path: Path, *, kv_cache: bool = True, **changes: Any) -> TraceWriter:
     return TraceWriter(path, **(arguments | changes))
 
 
-def decode(rng: np.random.Generator, prompt_tokens: int, steps: list[int]) -> tuple[SequenceRouting, SequenceRouting]:
+def decode(
+    rng: np.random.Generator, prompt_tokens: int, steps: list[int], *, has_lookahead: bool = False
+) -> tuple[SequenceRouting, SequenceRouting]:
     """One answer of a block-causal network, as an engine with a KV cache records it and as one without.
 
-    `steps` are the denoising steps of each decoded block. A finished block routes in the same way ever after.
+    `steps` are the denoising steps of each decoded block. A finished block routes, and foretells its routing, in the
+    same way ever after.
     """
     first = prompt_tokens // B
-    finished = [rng.integers(E, size=(B, L, K)) for _ in range(first + len(steps))]
+    layers = L + (L - 1) * has_lookahead  # what is foretold stands behind what is routed
+
+    def routed() -> np.ndarray:
+        return rng.permuted(np.tile(np.arange(E), (B, layers, 1)), axis=2)[..., :K]
+
+    finished = [routed() for _ in range(first + len(steps))]
     forwards: tuple[list[ForwardRouting], list[ForwardRouting]] = ([], [])
     ids: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
 
@@ -68,7 +76,7 @@ def decode(rng: np.random.Generator, prompt_tokens: int, steps: list[int]) -> tu
         add(0, PREFILL, first, 0, finished[:first], 0)
     for block, num_steps in enumerate(steps, first):
         for step in range(num_steps):
-            rows = rng.integers(E, size=(B, L, K))
+            rows = routed()
             add(0, DENOISE, block, step, [rows], block * B)
             add(1, DENOISE, block, step, [*finished[:block], rows], 0)
         if block < first + len(steps) - 1:
@@ -79,7 +87,8 @@ def decode(rng: np.random.Generator, prompt_tokens: int, steps: list[int]) -> tu
             prompt_ids=tokens[:prompt_tokens],
             generated_ids=tokens[prompt_tokens:],
             forwards=forwards[side],
-            expert_ids=np.concatenate(ids[side]),
+            expert_ids=np.concatenate(ids[side])[:, :L],
+            lookahead_ids=np.concatenate(ids[side])[:, L:] if has_lookahead else None,
         )
         for side in (0, 1)
     ]

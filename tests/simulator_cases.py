@@ -9,11 +9,21 @@ from hypothesis import strategies as st
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim.policies import POLICIES, policy
+from tidesim.policies.predictors import Noisy, Oracle, Previous
 from tidesim.simulator import simulate
 
 # Rows of counts for the eight experts of the toy network: three rows, two experts each.
 SWAPPED = [0, 0, 3, 3, 0, 0, 0, 0]
 MIXED = [2, 2, 1, 1, 0, 0, 0, 0]
+
+# They copy even where every expert has a slot: they begin with nobody, and keep nobody.
+EMPTY_AT_FIRST = ("all-host", "pre-gated")
+
+
+def data_of(name, workload, predictor):
+    """Parameters that a policy cannot do without: what only a caller has."""
+    known = {"popularity": workload.counts.sum(axis=0), "corpus": workload, "predictor": predictor}
+    return {key: known[key] for key in inspect.signature(POLICIES[name]).parameters if key in known}
 
 
 def hardware(part: str, **changes):
@@ -64,9 +74,9 @@ def cases(draw: st.DrawFn):
         if name == "all-device"
         else draw(st.lists(st.integers(1, 8), min_size=num_layers, max_size=num_layers))
     )
-    takes = inspect.signature(POLICIES[name]).parameters if name in POLICIES else {}
+    predictor = draw(st.sampled_from([Oracle(workload), Noisy(workload, 0.5), Previous()]))
+    params = data_of(name, workload, predictor) if name in POLICIES else {}
     drawn = {
-        "popularity": st.just(counts.sum(axis=0)),
         "refresh_interval": st.integers(1, 3),
         "margin": st.sampled_from([0.0, 0.5]),
         "min_dwell": st.integers(0, 2),
@@ -75,8 +85,10 @@ def cases(draw: st.DrawFn):
         "mode": st.sampled_from(["coded", "published"]),
         "cpu_offload": st.booleans(),
         "threshold": st.integers(1, 4),
+        "distance": st.integers(1, 2),
     }
-    params = {param: draw(drawn[param]) for param in takes if param in drawn}
+    takes = inspect.signature(POLICIES[name]).parameters if name in POLICIES else {}
+    params |= {param: draw(drawn[param]) for param in takes if param in drawn}
     if name == "erratic":
         params = {"scope": draw(st.sampled_from(["layer", "network"])), "scratch": draw(st.integers(1, 3))}
     choices = {

@@ -253,6 +253,23 @@ def test_trace_records_the_tiny_model_and_shows_what_it_writes(run: Run, tmp_pat
     assert "no weights" in err
 
 
+def test_inspect_shows_how_well_the_layers_foretell_each_other(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out_file = tmp_path / "ahead.h5"
+    assert run("trace", "--limit", 1, "--gen-length", 32, "--lookahead", "--out", out_file)[0] == 0
+    code, out, _ = run("inspect", out_file)
+    assert code == 0
+    assert "experts foretold by the layer before" in out
+    assert "in prefill forwards" in out
+    assert "if named at random" in out
+    found = json.loads(run("inspect", out_file, "--json")[1])["statistics"]
+    first, *others = found["lookahead_share_by_layer"]
+    assert first is None
+    assert found["lookahead_share"] == pytest.approx(sum(others) / 3)
+    assert found["lookahead_share_by_kind"]["denoise"] == found["lookahead_share"]
+    assert found["lookahead_share_random"] == 8 / 256
+
+
 def test_a_missing_engine_says_what_to_install(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     code, _, err = run("trace", "--out", tmp_path / "t.h5")

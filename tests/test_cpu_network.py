@@ -43,13 +43,16 @@ def test_hidden_states_logits_and_routing_agree(cores: Cores, num_tokens: int) -
     tokens = torch.randint(SMALL.vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(1))
     positions, mask = torch.arange(num_tokens), block_causal_mask(num_tokens, 8)
     with torch.inference_mode():
-        expected, routings = plain(tokens, positions, mask)
-        found, others = compiled(tokens, positions, mask)
+        expected, routings = plain(tokens, positions, mask, has_lookahead=True)
+        found, others = compiled(tokens, positions, mask, has_lookahead=True)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(compiled.logits(found), plain.logits(expected), rtol=1e-4, atol=1e-3)
     for one, other in zip(routings, others, strict=True):
         assert torch.equal(one.expert_ids, other.expert_ids)
         torch.testing.assert_close(one.expert_weights, other.expert_weights, rtol=1e-4, atol=1e-5)
+    assert routings[0].lookahead_ids is not None
+    assert others[0].lookahead_ids is not None
+    assert torch.equal(routings[0].lookahead_ids, others[0].lookahead_ids)
 
 
 def test_keys_and_values_go_behind_what_the_cache_holds(cores: Cores) -> None:

@@ -1,6 +1,7 @@
 """Decoding: both cache modes agree, schedules are kept, and every forward is recorded."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,18 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return [int(token) for token in rng.integers(10, SMALL.vocab_size, size=length)]
 
 
-def answer(network: LLaDA2, prompt: list[int], *, end_id: int = END, seed: int = 0, **settings: object) -> Generation:
+def answer(
+    network: LLaDA2,
+    prompt: list[int],
+    *,
+    end_id: int = END,
+    seed: int = 0,
+    has_lookahead: bool = False,
+    **settings: object,
+) -> Generation:
     sampler = Sampler(**{"block_length": B, "steps": B, "gen_length": 16, "threshold": 0.2, **settings})
     rng = torch.Generator().manual_seed(seed)
-    return generate(network, prompt, sampler, mask_id=MASK, end_id=end_id, rng=rng)
+    return generate(network, prompt, sampler, mask_id=MASK, end_id=end_id, rng=rng, has_lookahead=has_lookahead)
 
 
 @pytest.mark.parametrize("num_prompt", [3, B - 1, B, B + 1, 2 * B, 2 * B + 5])
@@ -81,6 +90,52 @@ def test_cached_forwards_come_in_order_with_their_rows_and_context(network: LLaD
     assert all(f.wall_ns > 0 for f in generation.forwards)
     for forward, routings in zip(generation.forwards, generation.routings, strict=True):
         assert [tuple(layer.expert_ids.shape) for layer in routings] == [(forward.routed_tokens, 4)] * 2
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+def test_look_ahead_is_the_next_router_on_the_input_of_this_one(kv_cache: bool) -> None:
+    network = small_network(seed=4, config=replace(SMALL, num_hidden_layers=4))
+    settings = {"gen_length": 20, "kv_cache": kv_cache}
+    plain = answer(network, prompt_of(2 * B + 3), **settings)
+    inputs: list[torch.Tensor] = []
+    for moe in network.moe_layers:
+        moe.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(0, 1)))
+    generation = answer(network, prompt_of(2 * B + 3), has_lookahead=True, **settings)
+    assert generation.tokens == plain.tokens
+    routers = [moe.gate for moe in network.moe_layers]
+    seen = iter(inputs)
+    for routings, others in zip(generation.routings, plain.routings, strict=True):
+        for layer, (routing, other) in enumerate(zip(routings, others, strict=True)):
+            rows = next(seen)
+            assert torch.equal(routing.expert_ids, routers[layer](rows).expert_ids)
+            assert torch.equal(routing.expert_ids, other.expert_ids)
+            assert torch.equal(routing.expert_weights, other.expert_weights)
+            assert other.lookahead_ids is None
+            if layer + 1 < len(routers):
+                assert routing.lookahead_ids is not None
+                assert torch.equal(routing.lookahead_ids, routers[layer + 1](rows).expert_ids)
+            else:
+                assert routing.lookahead_ids is None
+    stored = generation.sequence_routing(has_lookahead=True).lookahead_ids
+    assert stored is not None
+    first = generation.routings[0][1].lookahead_ids
+    assert first is not None
+    assert stored.shape == (sum(forward.routed_tokens for forward in generation.forwards), 2, 4)
+    assert stored[: len(first), 1].tolist() == first.tolist()
+
+
+def test_looking_ahead_asks_each_router_but_the_first_once_more(network: LLaDA2) -> None:
+    num_asked = Counter[int]()
+    hooks = [
+        moe.gate.register_forward_hook(lambda *_, layer=layer: num_asked.update([layer]))
+        for layer, moe in enumerate(network.moe_layers)
+    ]
+    num_forwards = len(answer(network, prompt_of(5)).forwards)
+    assert num_asked == {0: num_forwards, 1: num_forwards}
+    answer(network, prompt_of(5), has_lookahead=True)
+    assert num_asked == {0: 2 * num_forwards, 1: 3 * num_forwards}
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 8, 40])
@@ -165,10 +220,13 @@ def test_a_cached_recording_rebuilds_the_uncached_one_exactly(network: LLaDA2, t
             seed=0,
             origin="recorded",
             kv_cache=kv_cache,
+            has_lookahead=True,
         ) as writer:
             for length in (3, 8, 21):
-                writer.append(answer(network, prompt_of(length), gen_length=20, kv_cache=kv_cache).sequence_routing())
+                generation = answer(network, prompt_of(length), gen_length=20, kv_cache=kv_cache, has_lookahead=True)
+                writer.append(generation.sequence_routing(has_lookahead=True))
         with Trace.open(tmp_path / f"{kv_cache}.h5") as trace:
-            counts[kv_cache] = [trace.workload(context).counts for context in ("block", "full")]
+            workloads = [trace.workload(context, has_lookahead=True) for context in ("block", "full")]
+            counts[kv_cache] = [each for workload in workloads for each in (workload.counts, workload.lookahead)]
     for cached, uncached in zip(counts[True], counts[False], strict=True):
         np.testing.assert_array_equal(cached, uncached)

@@ -16,12 +16,13 @@ ROOT = PACKAGE.parent
 # Imports point to a lower rank only.
 RANKS = (
     ("errors",),
-    ("shipped",),
+    ("shipped", "workers"),
     ("moe", "hardware", "workload", "residency", "result"),
     ("trace_format", "execution"),
     ("trace", "policies"),
-    ("statistics", "synthesize", "simulator"),
+    ("statistics", "synthesize", "simulator", "ceiling"),
     ("planner",),
+    ("compare",),
     ("engine", "report", "console"),
     ("validate",),
     ("cli",),

@@ -28,6 +28,7 @@ from tidesim.errors import InputError
 from tidesim.execution import EXECUTIONS, Execution
 from tidesim.hardware import Link, load_hardware
 from tidesim.policies import ForwardInfo, Policy, Shape, policy
+from tidesim.policies.predictors import Previous
 from tidesim.residency import Moves, Placement
 from tidesim.result import Decision
 from tidesim.trace import Trace, TraceWriter
@@ -48,6 +49,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "tide, every third": lambda: policy("tide", refresh_interval=3),
     "tide-as-coded, every second": lambda: policy("tide-as-coded", refresh_interval=2),
     "tide-as-coded, by layer": lambda: policy("tide-as-coded", refresh_interval=(1, 4)),
+    "pre-gated": lambda: policy("pre-gated", predictor=Previous()),
     "erratic": lambda: Erratic("layer", scratch=1),
     "erratic, all layers' slots": lambda: Erratic("network", scratch=2),
 }

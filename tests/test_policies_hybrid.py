@@ -12,16 +12,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from simulator_cases import MIXED, SWAPPED, hardware, parts, play
 from test_policies import Step, run, runs
-from toy import TOY, toy_execution, toy_hardware
+from toy import TOY, toy_execution, toy_hardware, toy_workload
 
-from tidesim.errors import InputError
-from tidesim.execution import Costs
+from tidesim.errors import BudgetError, InputError
+from tidesim.execution import Costs, device_memory
 from tidesim.hardware import Contention
 from tidesim.policies import ForwardInfo, Policy, Shape, policy
 from tidesim.policies.hybrid import daop, fiddler, freetoken_hybrid, hybrimoe
+from tidesim.policies.pieces import LastActiveBefore
 from tidesim.policies.schedules import Balanced, LeastSum, Tariff, TwoPointers
 from tidesim.policies.splits import StreamLayer
 from tidesim.residency import NO_MOVES, Moves, Residency
+from tidesim.simulator import simulate
 from tidesim.workload import ForwardKind
 
 DENOISE, COMMIT, PREFILL = ForwardKind.DENOISE, ForwardKind.COMMIT, ForwardKind.PREFILL
@@ -200,6 +202,17 @@ def test_a_streamed_layer_has_residents_in_it_or_not():
         assert (list(fetched.keep), list(fetched.drop)) == ([], everybody)
 
 
+def test_whole_layers_of_scratch_memory_must_fit_the_device():
+    # Two layers of eight experts besides the two slots.
+    need = device_memory(TOY, toy_hardware(), toy_execution(), 2, 2 * TOY.block_length, 0, scratch=16)
+    room = toy_hardware().device.memory_bytes - need.total
+    workload, made = toy_workload([MIXED]), policy("freetoken-offload")
+    used = {"budget": 2, "execution": toy_execution()}
+    assert simulate(workload, TOY, toy_hardware(), made, **used, reserve_bytes=room)
+    with pytest.raises(BudgetError, match="toy needs experts"):
+        simulate(workload, TOY, toy_hardware(), made, **used, reserve_bytes=room + 1)
+
+
 def test_streamed_experts_run_as_they_arrive():
     timeline, result = play([SWAPPED], "freetoken-cpu", kinds="p", copies="background")
     assert timeline[2:] == [
@@ -225,15 +238,12 @@ def test_freetoken_fetches_who_was_routed_to_most_recently():
 
 
 def number_fetched(num_missed: int, costs: Costs | None) -> int:
-    shape = Shape(8, (0,), costs)
-    made = freetoken_hybrid()
-    made.initial(shape)
-    row = np.array([1] * num_missed + [0] * (8 - num_missed), np.int32)
-    (info, table) = steps_of([row])[0]
-    nobody = np.zeros((1, 8), bool)
-    made.observe(info, 0, table[0], nobody)
-    # Without a slot all are homeless, hence dropped.
-    return len(made.serve(info, 0, list(range(num_missed)), table[0], nobody).drop)
+    recency = LastActiveBefore()
+    split = Balanced(recency)
+    for piece in (recency, split):
+        piece.begin(Shape(num_missed, (0,), costs))
+    info, table = steps_of([[1] * num_missed])[0]
+    return len(split.choose(info, 0, list(range(num_missed)), table[0], np.zeros((1, num_missed), bool)).keep)
 
 
 def test_freetoken_balances_copies_and_host():
@@ -270,9 +280,9 @@ def test_the_balance_is_the_published_rule(num_missed, copy_ns, host_ns):
     # In experts per second the link gets through 1 / copy and the host through 1 / host.
     rho = Fraction(1, copy_ns) / (Fraction(1, copy_ns) + Fraction(1, host_ns))
     expected = min(range(num_missed + 1), key=lambda fetched: max(fetched * (1 - rho), (num_missed - fetched) * rho))
-    split = Balanced(None)
-    split._ns_each = float(copy_ns), float(host_ns)
-    assert split._number(num_missed) == expected
+    costs = costs_of()
+    costs.promote_ns, costs.host_expert_ns = copy_ns, np.array([0, host_ns])
+    assert number_fetched(num_missed, costs) == expected
 
 
 def test_freetoken_hybrid_copies_while_the_host_computes():

@@ -209,7 +209,7 @@ def test_a_run_stays_within_the_memory_that_was_reckoned(tmp_path: Path) -> None
         backend = offload.backend
         assert isinstance(backend, EmulatedBackend)
         of_host = backend._host_rows.nbytes + backend._host_outputs.nbytes
-        of_host += sum(tensor.nbytes for layers in made.routings for routing in layers for tensor in routing)
+        of_host += sum(tensor.nbytes for layers in made.routings for routing in layers for tensor in routing[:2])
         assert need.experts == 20 * 2 * live.expert_bytes
         assert need.experts < numpy_peak + torch_peak - of_host <= need.experts + need.kv_cache + need.transient
 

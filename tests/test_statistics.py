@@ -1,13 +1,14 @@
 """Statistics of routing, against counting by hand and against slow loops that say what they mean."""
 
 import json
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hand_made import COMMIT, DENOISE, B, E, K, L, decode, writer
+from hand_made import COMMIT, DENOISE, PREFILL, B, E, K, L, decode, writer
 
 from tidesim.errors import TraceError
 from tidesim.statistics import MAX_LAG, TraceStatistics, trace_statistics
@@ -83,6 +84,36 @@ def test_cosines_by_hand(by_hand: TraceStatistics) -> None:
     assert by_hand.cosine_full == pytest.approx(expected)  # there is no prefix
 
 
+def test_look_ahead_by_hand(tmp_path: Path) -> None:
+    """Both experts of every prompt row are foretold, then one of each of three denoised rows and none of the last."""
+    prefill = ForwardRouting(
+        block=1,
+        step=0,
+        kind=PREFILL,
+        context_tokens=0,
+        routed_tokens=B,
+        masked_tokens=0,
+        accepted_tokens=0,
+    )
+    routed = np.array([[0, 1]] * B + [[2, 3]] * B)
+    foretold = np.array([[1, 0]] * B + [[3, 9], [8, 2], [2, 5], [8, 9]])
+    sequence = one_sequence([prefill, denoise(1, 0, B, B)], [routed[:B], routed[B:]])
+    with writer(tmp_path / "ahead.h5", has_lookahead=True) as out:
+        out.append(
+            replace(sequence, prompt_ids=np.zeros(B, np.int32), lookahead_ids=np.repeat(foretold[:, None], L - 1, 1))
+        )
+    found = of(tmp_path / "ahead.h5")
+    assert found.lookahead_share == pytest.approx(3 / 8)
+    assert found.lookahead_share_by_layer == (None, pytest.approx(3 / 8))
+    assert found.lookahead_share_by_kind == {"prefill": 1.0, "denoise": pytest.approx(3 / 8)}
+    assert found.lookahead_share_random == K / E
+
+
+def test_without_a_look_ahead_nothing_is_said_of_it(by_hand: TraceStatistics) -> None:
+    assert (by_hand.lookahead_share, by_hand.lookahead_share_random) == (None, None)
+    assert (by_hand.lookahead_share_by_layer, by_hand.lookahead_share_by_kind) == ((), {})
+
+
 def test_everything_is_plain_json(by_hand: TraceStatistics) -> None:
     content = json.loads(by_hand.to_json())
     assert content == json.loads(json.dumps(by_hand.to_dict()))
@@ -94,9 +125,12 @@ def test_everything_is_plain_json(by_hand: TraceStatistics) -> None:
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     """The same three answers recorded with and without a KV cache."""
     rng = np.random.default_rng(0)
-    with writer(tmp_path / "cached.h5") as cached, writer(tmp_path / "uncached.h5", kv_cache=False) as uncached:
+    with (
+        writer(tmp_path / "cached.h5", has_lookahead=True) as cached,
+        writer(tmp_path / "uncached.h5", kv_cache=False, has_lookahead=True) as uncached,
+    ):
         for prompt_tokens, steps in ((0, [4, 12]), (9, [3, 1, 2]), (5, [1])):
-            with_cache, without = decode(rng, prompt_tokens, steps)
+            with_cache, without = decode(rng, prompt_tokens, steps, has_lookahead=True)
             cached.append(with_cache)
             uncached.append(without)
     return tmp_path / "cached.h5", tmp_path / "uncached.h5"
@@ -111,7 +145,7 @@ def test_statistics_do_not_depend_on_the_kind_of_recording(pair: tuple[Path, Pat
 def test_vectorised_statistics_equal_slow_loops(pair: tuple[Path, Path]) -> None:
     found = of(pair[0])
     with Trace.open(pair[0]) as trace:
-        ids = trace.expert_ids(0, trace.num_rows)
+        ids, foretold = trace.expert_ids(0, trace.num_rows), trace.lookahead_ids(0, trace.num_rows)
         rows = [
             (row["sequence"], row["block"], ids[start : start + row["routed_tokens"]])
             for row, start in zip(trace.forwards, trace.offsets, strict=False)
@@ -126,7 +160,15 @@ def test_vectorised_statistics_equal_slow_loops(pair: tuple[Path, Path]) -> None
         for layer in range(L)
     ]
     assert found.kept_share == pytest.approx(np.mean(kept))
-    distinct = [[len(set(ids[:, layer].ravel())) for layer in range(L)] for *_, ids in rows]
+    foretold_share = [
+        len(set(ids[row, layer]) & set(foretold[row, layer - 1])) / K
+        for start, stop, kind in zip(trace.offsets[:-1], trace.offsets[1:], trace.forwards["kind"], strict=True)
+        if kind == DENOISE
+        for row in range(start, stop)
+        for layer in range(1, L)
+    ]
+    assert found.lookahead_share == pytest.approx(np.mean(foretold_share))
+    distinct = [[len(set(each[:, layer].ravel())) for layer in range(L)] for *_, each in rows]
     assert found.distinct_experts_by_layer == pytest.approx(np.mean(distinct, axis=0))
     assert found.distinct_experts_sd_by_layer == pytest.approx(np.std(distinct, axis=0))
     for lag in range(1, MAX_LAG + 1):

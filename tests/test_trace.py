@@ -55,7 +55,7 @@ def test_a_file_holds_exactly_what_the_tables_describe(path: Path) -> None:
         assert h5py.check_enum_dtype(file["forwards"].dtype["kind"]) == {"prefill": 0, "denoise": 1, "commit": 2}
         names: list[str] = []
         file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-        assert set(names) == {field.name for field in DATASETS} - {"routing/weights"}
+        assert set(names) == {field.name for field in DATASETS} - {"routing/weights", "routing/lookahead_ids"}
 
 
 def test_ids_are_as_narrow_as_the_number_of_experts_allows(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -100,6 +100,32 @@ def test_weights_are_kept_when_asked_for(tmp_path: Path, sequence: SequenceRouti
         pass
     with Trace.open(tmp_path / "none.h5") as trace, pytest.raises(TraceError, match="--weights"):
         trace.weights(0, 0)
+
+
+def test_look_ahead_is_kept_when_asked_for(tmp_path: Path, sequence: SequenceRouting) -> None:
+    foretold = (sequence.expert_ids[:, 1:] + 1) % E
+    with writer(tmp_path / "ahead.h5", has_lookahead=True) as out:
+        with pytest.raises(TraceError, match="has_lookahead"):
+            out.append(sequence)
+        for lookahead in (foretold, foretold[::-1]):
+            out.append(replace(sequence, lookahead_ids=lookahead))
+    num_rows = len(foretold)
+    with Trace.open(tmp_path / "ahead.h5") as trace:
+        assert (trace.version, trace.has_lookahead) == (1, True)
+        assert trace.lookahead_ids(0, num_rows).dtype == trace.expert_ids(0, 1).dtype
+        assert np.array_equal(trace.lookahead_ids(8, 12), foretold[8:12])
+        assert np.array_equal(trace.lookahead_ids(num_rows, 2 * num_rows), foretold[::-1])
+        assert np.array_equal(trace.expert_ids(0, num_rows), sequence.expert_ids)
+        fingerprint = trace.fingerprint
+    with writer(tmp_path / "none.h5") as out:
+        with pytest.raises(TraceError, match="has_lookahead"):
+            out.append(replace(sequence, lookahead_ids=foretold))
+        for _ in range(2):
+            out.append(sequence)
+    with Trace.open(tmp_path / "none.h5") as trace:
+        assert (trace.has_lookahead, trace.fingerprint) == (False, fingerprint)
+        with pytest.raises(TraceError, match=r"none.h5: keeps no look-ahead; record it with --lookahead"):
+            trace.lookahead_ids(0, 0)
 
 
 def test_fingerprint_follows_the_routing_and_nothing_else(tmp_path: Path, sequence: SequenceRouting) -> None:
@@ -172,6 +198,33 @@ def test_a_sequence_that_does_not_fit_together_is_refused_and_leaves_the_file_as
     with Trace.open(tmp_path / "trace.h5") as trace:
         assert len(trace.sequences) == 2
         assert np.array_equal(trace.expert_ids(len(ids), 2 * len(ids)), ids)
+
+
+@pytest.mark.parametrize(
+    ("foretold", "message"),
+    [
+        (np.zeros((32, L, K), int), r"sequence 0, lookahead_ids must be integers \[32, 1, 2\], not int64 \[32, 2, 2\]"),
+        (np.zeros((31, L - 1, K), int), "lookahead_ids must be integers"),
+        (np.zeros((32, L - 1, K)), "not float64"),
+        (np.full((32, L - 1, K), E), "lookahead_ids row 0, layer 0, slot 0: expert 16"),
+    ],
+)
+def test_a_look_ahead_that_does_not_fit_is_refused(
+    tmp_path: Path, sequence: SequenceRouting, foretold: Any, message: str
+) -> None:
+    with writer(tmp_path / "x.h5", has_lookahead=True) as out, pytest.raises(TraceError, match=message):
+        out.append(replace(sequence, lookahead_ids=foretold))
+
+
+def test_a_single_layer_has_nothing_to_look_ahead_to(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="one MoE layer"):
+        writer(tmp_path / "x.h5", config=CONFIG | {"num_hidden_layers": 2}, has_lookahead=True)
+    assert not (tmp_path / "x.h5").exists()
+    with writer(tmp_path / "one.h5", config=CONFIG | {"num_hidden_layers": 2}):
+        pass
+    with h5py.File(tmp_path / "one.h5", "a") as file:
+        file["routing/lookahead_ids"] = np.zeros((0, 0, K), "u1")
+    assert "needs two MoE layers" in refusal(tmp_path / "one.h5")
 
 
 # --- refusals: reading --------------------------------------------------------------------------------------------
@@ -287,6 +340,22 @@ def test_datasets_of_another_shape_or_type_are_named(path: Path, change: Any, me
         if "weights" in message:
             file["routing/weights"] = 0
         change(file)
+    assert message in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("foretold", "message"),
+    [
+        (np.zeros((64, L, K), "u1"), "/routing/lookahead_ids must hold uint8 ['N', 1, 2], not uint8 ['N', 2, 2]"),
+        (np.zeros((64, L - 1, K), "u2"), "not uint16"),
+        (np.zeros((63, L - 1, K), "u1"), "/routing/lookahead_ids has 63 rows, not 64"),
+        (np.full((64, L - 1, K), E, "u1"), "/routing/lookahead_ids row 0, layer 0, slot 0: expert 16"),
+        (0, "/routing/lookahead_ids is missing or has no rows"),
+    ],
+)
+def test_a_look_ahead_that_contradicts_the_rest_is_named(path: Path, foretold: Any, message: str) -> None:
+    with h5py.File(path, "a") as file:
+        file["routing/lookahead_ids"] = foretold
     assert message in refusal(path)
 
 

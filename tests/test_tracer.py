@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,13 @@ pytest.importorskip("torch")
 import torch
 from engine_cases import SMALL, small_network
 
-from tidesim.engine.checkpoint import save_network
+from tidesim.engine.checkpoint import ExpertStorage, save_network
 from tidesim.engine.generate import Sampler
 from tidesim.engine.tokenizer import Prompt, read_prompts
 from tidesim.engine.tracer import record
 from tidesim.errors import InputError, ModelError, TraceError
 from tidesim.shipped import shipped_folder
+from tidesim.statistics import trace_statistics
 from tidesim.trace import ForwardKind, Trace
 
 TINY = shipped_folder("models") / "llada2-tiny"
@@ -79,6 +81,36 @@ def test_the_same_seed_records_the_same_routing(folder: Path, tmp_path: Path) ->
         with Trace.open(tmp_path / f"{number}.h5") as trace:
             prints.append(trace.fingerprint)
     assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("storage", ["stacked", "mapped"])
+@pytest.mark.parametrize("kv_cache", [True, False])
+def test_looking_ahead_changes_nothing_else(
+    folder: Path, tmp_path: Path, storage: ExpertStorage, kv_cache: bool
+) -> None:
+    sampler = replace(SAMPLER, kv_cache=kv_cache)
+    for name in ("plain", "ahead"):
+        record(folder, PROMPTS, sampler, tmp_path / f"{name}.h5", experts=storage, has_lookahead=name == "ahead")
+    with Trace.open(tmp_path / "plain.h5") as plain, Trace.open(tmp_path / "ahead.h5") as ahead:
+        assert ahead.fingerprint == plain.fingerprint
+        for sequence in range(len(PROMPTS)):
+            assert ahead.tokens(sequence).tolist() == plain.tokens(sequence).tolist()
+        assert (plain.has_lookahead, ahead.has_lookahead) == (False, True)
+        foretold = ahead.lookahead_ids(0, ahead.num_rows)
+    assert foretold.shape == (plain.num_rows, 1, SMALL.num_experts_per_tok)
+    assert all(len(set(row.tolist())) == SMALL.num_experts_per_tok for row in foretold[:, 0])
+
+
+def test_the_tiny_model_foretells_its_experts_far_better_than_chance(tmp_path: Path) -> None:
+    prompts = read_prompts(None, 2, is_chat=False)
+    record(TINY, prompts, Sampler(gen_length=32), tmp_path / "t.h5", dtype=torch.float32, has_lookahead=True)
+    with Trace.open(tmp_path / "t.h5") as trace:
+        found = trace_statistics(trace)
+    assert found.lookahead_share_random == 8 / 256
+    first, *others = found.lookahead_share_by_layer
+    assert first is None
+    assert len(others) == 3
+    assert min(share for share in others if share is not None) > 0.2
 
 
 def test_private_recordings_leave_the_tokens_out(folder: Path, tmp_path: Path) -> None:

@@ -33,13 +33,16 @@ def test_both_kinds_of_recording_give_the_same_workload(
 ) -> None:
     folder = tmp_path_factory.mktemp("pair")
     rng = np.random.default_rng(seed)
-    with writer(folder / "cached.h5") as cached, writer(folder / "uncached.h5", kv_cache=False) as uncached:
+    with (
+        writer(folder / "cached.h5", has_lookahead=True) as cached,
+        writer(folder / "uncached.h5", kv_cache=False, has_lookahead=True) as uncached,
+    ):
         for prompt_tokens, steps in shapes:
-            with_cache, without = decode(rng, prompt_tokens, steps)
+            with_cache, without = decode(rng, prompt_tokens, steps, has_lookahead=True)
             cached.append(with_cache)
             uncached.append(without)
     with Trace.open(folder / "cached.h5") as one, Trace.open(folder / "uncached.h5") as two:
-        assert_same(one.workload(context), two.workload(context))
+        assert_same(one.workload(context, has_lookahead=True), two.workload(context, has_lookahead=True))
 
 
 def test_workload_of_a_cached_recording_counts_each_forward(path: Path, sequence: SequenceRouting) -> None:
@@ -75,6 +78,59 @@ def test_full_workload_routes_the_whole_prefix_in_every_step(path: Path, sequenc
     assert np.array_equal(workload.counts[-1], expected)
 
 
+@pytest.fixture
+def ahead(tmp_path: Path, rng: np.random.Generator) -> tuple[Path, np.ndarray]:
+    """A trace of one sequence with its look-ahead, and what that foretells of layer 1, [32, K]."""
+    sequence = decode(rng, prompt_tokens=9, steps=[2, 3], has_lookahead=True)[0]
+    assert sequence.lookahead_ids is not None
+    with writer(tmp_path / "ahead.h5", has_lookahead=True) as out:
+        out.append(sequence)
+    return tmp_path / "ahead.h5", sequence.lookahead_ids[:, 0]
+
+
+def test_look_ahead_is_counted_for_the_layer_that_it_foretells(ahead: tuple[Path, np.ndarray]) -> None:
+    path, ids = ahead
+    with Trace.open(path) as trace:
+        block, full = (trace.workload(context, has_lookahead=True) for context in ("block", "full"))
+        for workload in (block, full):
+            assert_same(replace(workload, lookahead=None), trace.workload(workload.context))
+
+    def counts(*rows: slice) -> list[int]:
+        return np.bincount(np.concatenate([ids[each] for each in rows]).ravel(), minlength=E).tolist()
+
+    prefill, commit = slice(0, 8), slice(16, 20)
+    first, second = [slice(8, 12), slice(12, 16)], [slice(20, 24), slice(24, 28), slice(28, 32)]
+    for workload, expected in (
+        (block, [counts(rows) for rows in (prefill, *first, commit, *second)]),
+        (full, [counts(prefill, rows) for rows in first] + [counts(prefill, commit, rows) for rows in second]),
+    ):
+        assert workload.lookahead is not None
+        assert workload.lookahead.dtype == np.int32
+        assert workload.lookahead.shape == workload.counts.shape
+        assert not workload.lookahead[:, 0].any()
+        assert workload.lookahead[:, 1].tolist() == expected
+
+
+def test_look_ahead_stays_with_its_forwards_and_layers(ahead: tuple[Path, np.ndarray]) -> None:
+    with Trace.open(ahead[0]) as trace:
+        whole = trace.workload("block", has_lookahead=True)
+    assert whole.lookahead is not None
+    cut = whole.first(3).tiled(5)
+    assert cut.lookahead is not None
+    assert cut.lookahead.shape == cut.counts.shape == (3, 5, E)
+    for layer in (1, 3):
+        assert np.array_equal(cut.lookahead[:, layer], whole.lookahead[:3, 1])
+    assert not cut.lookahead[:, [0, 2, 4]].any()
+
+
+def test_a_workload_has_no_look_ahead_unless_asked_for(path: Path, ahead: tuple[Path, np.ndarray]) -> None:
+    with Trace.open(ahead[0]) as trace:
+        assert trace.workload().lookahead is None
+        assert trace.workload().first(2).tiled(3).lookahead is None
+    with Trace.open(path) as trace, pytest.raises(TraceError, match=r"trace.h5: keeps no look-ahead.* --lookahead"):
+        trace.workload("block", has_lookahead=True)
+
+
 def test_full_workload_is_refused_when_a_commit_is_missing(tmp_path: Path, sequence: SequenceRouting) -> None:
     kept = [forward for forward in sequence.forwards if forward.kind != COMMIT]
     with writer(tmp_path / "x.h5") as out:
@@ -95,14 +151,15 @@ def test_block_workload_is_refused_when_forwards_are_not_whole_blocks(
 
 
 def test_counts_do_not_depend_on_the_reading_window(
-    path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+    ahead: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path, _ = ahead
     with Trace.open(path) as trace:
-        whole = trace.workload("full")
+        whole = trace.workload("full", has_lookahead=True)
         for rows in (1, 3, 7):
             monkeypatch.setattr("tidesim.workload.WINDOW_ROWS", rows)
             monkeypatch.setattr("tidesim.trace.WINDOW_ROWS", rows)
-            assert_same(whole, trace.workload("full"))
+            assert_same(whole, trace.workload("full", has_lookahead=True))
             with Trace.open(path) as again:
                 assert again.fingerprint == trace.fingerprint
 

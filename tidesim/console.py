@@ -148,6 +148,12 @@ def statistics_tables(document: Document) -> RenderableType:
     table.add_column("published")
     for key, name in names.items():
         table.add_row(name, _figure(found[key]), _PUBLISHED.get(key, ""))
+    if found["lookahead_share"] is not None:
+        table.add_row("experts foretold by the layer before", _figure(found["lookahead_share"]))
+        for kind, share in found["lookahead_share_by_kind"].items():
+            if kind != "denoise":
+                table.add_row(f"  in {kind} forwards", _figure(share))
+        table.add_row("  if named at random", _figure(found["lookahead_share_random"]))
     for regime, key, published in (
         ("block-only", "cosine_block", ""),
         ("full", "cosine_full", "0.985 .. > 0.95 .. (TIDE, second hand)"),
@@ -166,6 +172,8 @@ def _layer_table(found: Document) -> Table:
         "hottest eighth": "popularity_by_layer",
         "ever used": "used_share_by_layer",
     }
+    if found["lookahead_share"] is not None:
+        columns["foretold"] = "lookahead_share_by_layer"
     table = _table("By MoE layer", left=(), right=("layer", *columns))
     for layer in range(len(found["distinct_experts_by_layer"])):
         cells = [found[key][layer] if layer < len(found[key]) else None for key in columns.values()]
@@ -227,6 +235,39 @@ def breakdown_table(documents: Sequence[Document]) -> Table:
         forward_ms = 1e3 * document["makespan_s"] / document["num_forwards"]
         table.add_row(document["label"], f"{forward_ms:.2f}", *(f"{share:.0f} %" for share in shares))
     return table
+
+
+def comparison_tables(document: Document) -> RenderableType:
+    """Policies side by side, the fastest first: of those that refresh, at every step and at their best interval."""
+    ceiling, pooled = document["ceiling"], document["pooled_ceiling"]
+    facts = {
+        "model": document["model"],
+        "trace": f"{document['trace_origin']}; compared on sequences {_ids(document['sequences'])}, "
+        f"{_ids(document['corpus'])} known before",
+        "machine": document["hardware"],
+        "execution": f"{document['execution']}, context {document['context']}",
+        "budget": f"{document['budget']} experts a layer, the same bytes for all",
+        "ceiling": f"no policy is faster than {ceiling['tok_per_s']:.2f} tok/s "
+        f"({pooled['tok_per_s']:.2f} with slots that all layers share)",
+        "most hits": f"{100 * document['hit_ceiling']:.1f} % in a cache that is filled on demand",
+    }
+    parts = {"dense": "dense", "device": "device", "launch": "launch", "host_wait": "host", "copy_wait": "copies"}
+    columns = ("tok/s", "of ceiling", "hits", "GB copied", *parts.values(), "link busy")
+    table = _table("Policies, by predicted throughput", left=("policy",), right=columns)
+    for row in document["rows"]:
+        if row["is_best_of_family"] or row["refresh_interval"] == 1:
+            shares = [100 * row["breakdown_s"][part] / row["makespan_s"] for part in parts]
+            cells = [f"{row['tok_per_s']:.2f}", f"{100 * row['ceiling_share']:.0f} %", f"{100 * row['hit_rate']:.1f} %"]
+            cells.append(f"{(row['h2d_bytes'] + row['d2h_bytes']) / 1e9:.0f}")
+            cells += [f"{share:.0f} %" for share in (*shares, 100 * row["busy_share"]["h2d"])]
+            table.add_row(row["name"], *cells)
+    notes = [f"Note: {warning}" for warning in document["warnings"]]
+    notes += [f"Left out: {name}, {reason}" for name, reason in document["left_out"].items()]
+    return Group(_facts("Comparison", facts), table, "\n".join(notes))
+
+
+def _ids(sequences: Sequence[int]) -> str:
+    return ", ".join(map(str, sequences)) if len(sequences) <= 8 else f"{len(sequences)} of them"
 
 
 def _interval(refresh_interval: int | Sequence[int] | None) -> str:

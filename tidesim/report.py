@@ -42,17 +42,40 @@ def save_timeline(intervals: Sequence[Interval], result: RunResult, path: Path) 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 
+def save_comparison(document: Mapping[str, Any], path: Path) -> None:
+    """Draw a comparison (`Comparison.to_dict`): milliseconds a forward by policy and part, the fastest first, and the
+    ceilings as lines. Of those that refresh, every step and the best interval are shown.
+
+    Raise InputError if matplotlib is not installed or the file cannot be written.
+    """
+    rows = [row for row in document["rows"] if row["is_best_of_family"] or row["refresh_interval"] == 1]
+    figure = _new_figure(11, 0.3 * len(rows) + 2.5)
+    axes = figure.subplots()
+    for number, row in enumerate(rows):
+        _draw_bar(axes, number, row["breakdown_s"], row["num_forwards"], is_labelled=number == 0)
+    forwards = rows[0]["num_forwards"]
+    for name, style in (("ceiling", "-"), ("pooled_ceiling", ":")):
+        least_ms = 1e3 * document[name]["makespan_s"] / forwards
+        axes.axvline(least_ms, color="0.2", linestyle=style, label=name.replace("_", " "))
+    axes.set_yticks(range(len(rows)), [f"{row['name']}  {row['tok_per_s']:.1f} tok/s" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms a forward, predicted")
+    axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        f"{document['model']} ({document['trace_origin']} routing) on {document['hardware']}, execution "
+        f"{document['execution']}, {document['budget']} experts a layer",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
 def save_validation(document: Mapping[str, Any], path: Path) -> None:
     """Draw a validation (`Validation.to_dict`): predicted over measured by policy, and where the time goes in both.
 
     Raise InputError if matplotlib is not installed or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise InputError("drawing needs matplotlib: install the extra, pip install 'tidesim[engine]'.") from None
     rows = document["rows"]
-    figure = Figure(figsize=(14, 0.24 * len(rows) + 4), layout="constrained")
+    figure = _new_figure(14, 0.24 * len(rows) + 4)
     scatter, bars = figure.subplots(1, 2, width_ratios=(1, 1.2))
     _draw_scatter(scatter, rows)
     _draw_parts(bars, rows, document["num_forwards"])
@@ -62,10 +85,41 @@ def save_validation(document: Mapping[str, Any], path: Path) -> None:
         f"Kendall's tau {document['kendall_tau']:.2f}",
         fontsize=10,
     )
+    _save(figure, path)
+
+
+def _new_figure(width_in: float, height_in: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise InputError("drawing needs matplotlib: install the extra, pip install 'tidesim[engine]'.") from None
+    return Figure(figsize=(width_in, height_in), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
+
+
+def _draw_bar(
+    axes: Any,
+    place: float,
+    parts_s: Mapping[str, float],
+    num_forwards: int,
+    *,
+    is_labelled: bool,
+    height: float = 0.7,
+    alpha: float = 1.0,
+) -> None:
+    """Milliseconds a forward by part, one after another."""
+    left = 0.0
+    for colour, part in zip(_COLOURS, PARTS, strict=False):
+        width = 1e3 * parts_s[part] / num_forwards
+        label = part.replace("_", " ") if is_labelled else None
+        axes.barh(place, width, height, left=left, color=colour, alpha=alpha, label=label)
+        left += width
 
 
 def _draw_scatter(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -94,14 +148,10 @@ def _draw_scatter(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 def _draw_parts(axes: Any, rows: Sequence[Mapping[str, Any]], num_forwards: int) -> None:
     """Milliseconds a forward by part: measured above, predicted below, a pair of bars for each case."""
     for number, row in enumerate(rows):
-        for offset, side in ((-0.2, "measured"), (0.2, "predicted")):
-            left = 0.0
-            for colour, part in zip(_COLOURS, PARTS, strict=False):
-                width = 1e3 * row[f"{side}_parts_s"][part] / num_forwards
-                label = part.replace("_", " ") if number == 0 and side == "measured" else None
-                alpha = 1.0 if side == "measured" else 0.55
-                axes.barh(number + offset, width, 0.38, left=left, color=colour, alpha=alpha, label=label)
-                left += width
+        for offset, side, alpha in ((-0.2, "measured", 1.0), (0.2, "predicted", 0.55)):
+            is_labelled = number == 0 and side == "measured"
+            parts_s = row[f"{side}_parts_s"]
+            _draw_bar(axes, number + offset, parts_s, num_forwards, is_labelled=is_labelled, height=0.38, alpha=alpha)
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="ms a forward: measured above, predicted (paler) below", title="Where the time goes")

@@ -31,6 +31,9 @@ def tool_version() -> str:
         return "unknown"
 
 
+_RARE = ("drop", "ahead")
+
+
 class Decision(NamedTuple):
     """What was decided in one MoE layer of one forward; ids in the order moved.
 
@@ -48,8 +51,11 @@ class Decision(NamedTuple):
     ahead: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
 
     def to_json(self) -> str:
-        """One JSON object on one line, the same from the simulator and from the engine."""
-        return json.dumps(self._asdict())
+        """One JSON object on one line, the same from the simulator and from the engine.
+
+        `drop` and `ahead` are left out where there is nothing in them, as with most policies.
+        """
+        return json.dumps({key: value for key, value in self._asdict().items() if value or key not in _RARE})
 
 
 class Interval(NamedTuple):

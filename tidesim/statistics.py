@@ -48,6 +48,10 @@ class TraceStatistics:
     single_step_share : share of the denoise forwards that accept exactly one token.
     popularity : share of all routed tokens that go to the most used eighth of a layer's experts.
     used_share : share of a layer's experts that got a token at least once.
+    lookahead_share : of the K experts of a position in a layer, the share that the layer's own router named when it was
+        fed the input of the layer before. By layer, the first has none; by kind of forward, also prefill and commit
+        forwards are told. None and empty if the trace keeps no look-ahead.
+    lookahead_share_random : the same if K experts were named at random, K / E.
     """
 
     model_name: str
@@ -77,6 +81,10 @@ class TraceStatistics:
     popularity_by_layer: tuple[float, ...]
     used_share: float
     used_share_by_layer: tuple[float, ...]
+    lookahead_share: float | None
+    lookahead_share_random: float | None
+    lookahead_share_by_layer: tuple[float | None, ...]
+    lookahead_share_by_kind: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, all of them values that JSON knows."""
@@ -124,6 +132,7 @@ def trace_statistics(trace: Trace) -> TraceStatistics:
         popularity_by_layer=_floats(popularity),
         used_share=float(used.mean()),
         used_share_by_layer=_floats(used),
+        **_lookahead(trace),
     )
 
 
@@ -172,11 +181,40 @@ def _kept_by_forward(trace: Trace, segments: Segments) -> dict[int, Floats]:
     kept = {}
     blocks = list(zip(segments.sequence, segments.block, segments.stop - segments.start, strict=True))
     ids = np.zeros((0, 0, 0), np.uint8)
-    for forward, rows in enumerate(read_segments(trace, segments)):
+    for forward, rows in enumerate(read_segments(trace.expert_ids, segments)):
         last, ids = ids, rows  # [n, L, K]
         if forward and blocks[forward] == blocks[forward - 1]:
-            kept[forward - 1] = (last[..., :, None] == ids[..., None, :]).any(axis=3).mean(axis=(0, 2))
+            kept[forward - 1] = _is_among(last, ids).mean(axis=(0, 2))
     return kept
+
+
+def _is_among(ids: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether each of `ids` [..., K] is one of the `others` [..., K] of the same position and layer."""
+    return np.asarray((ids[..., :, None] == others[..., None, :]).any(axis=-1))
+
+
+def _lookahead(trace: Trace) -> dict[str, Any]:
+    """Shares of experts that the layer before foretold, over the rows of each kind of forward."""
+    names = ("lookahead_share", "lookahead_share_random")
+    if not trace.has_lookahead:
+        return {**dict.fromkeys(names), "lookahead_share_by_layer": (), "lookahead_share_by_kind": {}}
+    segments = block_segments(trace, recorded_segments(trace, np.arange(len(trace.sequences))))
+    shares = {}
+    for kind in sorted(set(segments.kind.tolist())):
+        rows = segments.of_kind(ForwardKind(kind))
+        num_hits, num_rows = np.zeros(trace.num_layers - 1), 0
+        pairs = zip(read_segments(trace.expert_ids, rows), read_segments(trace.lookahead_ids, rows), strict=True)
+        for ids, foretold in pairs:  # [n, L, K], [n, L - 1, K]
+            num_hits += _is_among(ids[:, 1:], foretold).sum(axis=(0, 2))
+            num_rows += len(ids)
+        shares[ForwardKind(kind)] = num_hits / (num_rows * trace.top_k)  # [L - 1]
+    denoise = shares[ForwardKind.DENOISE]
+    return {
+        "lookahead_share": float(denoise.mean()),
+        "lookahead_share_random": trace.top_k / trace.num_experts,
+        "lookahead_share_by_layer": (None, *_floats(denoise)),
+        "lookahead_share_by_kind": {kind.name.lower(): float(share.mean()) for kind, share in shares.items()},
+    }
 
 
 def _shared(

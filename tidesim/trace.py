@@ -78,7 +78,8 @@ class ForwardRouting:
 class SequenceRouting:
     """One whole sequence: its tokens, its forwards in order, and the routing of all their rows, one after another.
 
-    `prompt_ids` is int32 [P], `generated_ids` int32 [G], `expert_ids` integers [n, L, K], `weights` float [n, L, K].
+    `prompt_ids` is int32 [P], `generated_ids` int32 [G], `expert_ids` integers [n, L, K], `weights` float [n, L, K],
+    `lookahead_ids` integers [n, L - 1, K]: for layer l + 1, foretold by its own router from the input of layer l's.
     Of a private trace the file keeps the lengths of the two token arrays only.
     """
 
@@ -87,6 +88,7 @@ class SequenceRouting:
     forwards: Sequence[ForwardRouting]
     expert_ids: npt.NDArray[np.integer[Any]]
     weights: npt.NDArray[np.floating[Any]] | None = None
+    lookahead_ids: npt.NDArray[np.integer[Any]] | None = None
 
 
 class TraceWriter:
@@ -99,6 +101,7 @@ class TraceWriter:
     model_name, block_length, sampler, seed, origin, kv_cache : see `trace_format.ATTRIBUTES`.
     is_private : leave the token ids out.
     has_weights : store the router's weights of every sequence too.
+    has_lookahead : store too which experts of the next layer each layer's input foretells.
 
     Raise TraceError if the file exists, cannot be created, or an argument is out of range; ModelError if `config`
     does not describe a mixture-of-experts network.
@@ -117,12 +120,15 @@ class TraceWriter:
         kv_cache: bool,
         is_private: bool = False,
         has_weights: bool = False,
+        has_lookahead: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
         self.config = MoEConfig.from_hf(config, model_name)
+        if has_lookahead and self.config.num_layers < 2:
+            raise TraceError(f"{path}: {model_name} has one MoE layer and no next one to look ahead to; leave it out.")
         self._is_private = is_private
-        self._has_weights = has_weights
+        self._has_weights, self._has_lookahead = has_weights, has_lookahead
         self._num_sequences = self._num_forwards = self._num_rows = self._num_tokens = 0
         values = {
             "format": FORMAT,
@@ -164,6 +170,8 @@ class TraceWriter:
         self._extend("routing/expert_ids", self._num_rows, sequence.expert_ids)
         if sequence.weights is not None:
             self._extend("routing/weights", self._num_rows, sequence.weights)
+        if sequence.lookahead_ids is not None:
+            self._extend("routing/lookahead_ids", self._num_rows, sequence.lookahead_ids)
         self._extend("routing/offsets", self._num_forwards + 1, offsets)
         self._extend("forwards", self._num_forwards, forwards)
         num_prompt, num_generated = len(sequence.prompt_ids), len(sequence.generated_ids)
@@ -199,6 +207,8 @@ class TraceWriter:
             self._create("tokens", np.dtype("i4"))
         if self._has_weights:
             self._create("routing/weights", np.dtype("f2"), shape)
+        if self._has_lookahead:
+            self._create("routing/lookahead_ids", ids, (shape[0] - 1, shape[1]))
 
     def _create(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...] = ()) -> None:
         # One layer a chunk: its rows resemble each other, and gzip then saves a third where it saved a sixth.
@@ -231,14 +241,23 @@ class TraceWriter:
     def _check_routing(self, sequence: SequenceRouting, num_rows: int) -> None:
         where = f"sequence {self._num_sequences}"
         shape = (num_rows, self.config.num_layers, self.config.top_k)
-        ids = sequence.expert_ids
-        if ids.shape != shape or ids.dtype.kind not in "iu":
-            raise TraceError(f"{where}: expert_ids must be integers {list(shape)}, not {ids.dtype} {list(ids.shape)}.")
-        check_ids(ids, self.config.num_experts, f"{where}, expert_ids", 0)
-        if (sequence.weights is not None) != self._has_weights:
-            raise TraceError(f"{where}: weights must be given exactly when has_weights(={self._has_weights}).")
+        self._check_ids(sequence.expert_ids, shape, f"{where}, expert_ids")
+        for name, given, is_kept in (
+            ("weights", sequence.weights, self._has_weights),
+            ("lookahead", sequence.lookahead_ids, self._has_lookahead),
+        ):
+            if (given is not None) != is_kept:
+                raise TraceError(f"{where}: {name} must be given exactly when has_{name}(={is_kept}).")
         if sequence.weights is not None and sequence.weights.shape != shape:
             raise TraceError(f"{where}: weights must be {list(shape)}, not {list(sequence.weights.shape)}.")
+        if sequence.lookahead_ids is not None:
+            ahead = (num_rows, self.config.num_layers - 1, self.config.top_k)
+            self._check_ids(sequence.lookahead_ids, ahead, f"{where}, lookahead_ids")
+
+    def _check_ids(self, ids: npt.NDArray[np.integer[Any]], shape: tuple[int, ...], where: str) -> None:
+        if ids.shape != shape or ids.dtype.kind not in "iu":
+            raise TraceError(f"{where} must be integers {list(shape)}, not {ids.dtype} {list(ids.shape)}.")
+        check_ids(ids, self.config.num_experts, where, 0)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -274,6 +293,7 @@ class Trace:
         )
         self.is_private = "tokens" not in file
         self.has_weights = "routing/weights" in file
+        self.has_lookahead = "routing/lookahead_ids" in file
         self.sequences = self._read_sequences()
         self.forwards = self._read_forwards()
         self.offsets = self._read_offsets()
@@ -318,6 +338,14 @@ class Trace:
             raise TraceError(f"{self.path}: keeps no router weights; record it with --weights.")
         return self._rows("routing/weights", start, stop)
 
+    def lookahead_ids(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Experts of layer l + 1 that the input of layer l foretold for the rows start:stop, [stop - start, L - 1, K].
+
+        Raise TraceError if the trace keeps none.
+        """
+        self._check_has_lookahead()
+        return self._rows("routing/lookahead_ids", start, stop)
+
     def tokens(self, sequence: int) -> npt.NDArray[np.int32]:
         """Token ids of one sequence, int32 [P + G]: its prompt, then its answer. Raise TraceError if left out."""
         if self.is_private:
@@ -327,14 +355,23 @@ class Trace:
         with _reading(self.path):
             return np.asarray(self._file["tokens"][start : start + num_tokens], np.int32)
 
-    def workload(self, context: Context = "block", sequences: Sequence[int] | None = None) -> Workload:
+    def workload(
+        self, context: Context = "block", sequences: Sequence[int] | None = None, *, has_lookahead: bool = False
+    ) -> Workload:
         """The counts of every forward of an engine with a KV cache ("block") or without one ("full").
 
         Both can be had from both kinds of recording, exactly. `sequences` picks some by number, in the trace's order;
-        all by default. Raise ValueError if there is no such context or sequence, or one is named twice; TraceError if
-        the recording lacks the rows that the context needs.
+        all by default. `has_lookahead` asks for the counts of what was foretold as well. Raise ValueError if there is
+        no such context or sequence, or one is named twice; TraceError if the recording lacks the rows that the
+        context needs, or the look-ahead.
         """
-        return build_workload(self, context, sequences)
+        if has_lookahead:
+            self._check_has_lookahead()
+        return build_workload(self, context, sequences, has_lookahead)
+
+    def _check_has_lookahead(self) -> None:
+        if not self.has_lookahead:
+            raise TraceError(f"{self.path}: keeps no look-ahead; record it with --lookahead.")
 
     def _rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         if not 0 <= start <= stop <= self.num_rows:
@@ -393,6 +430,12 @@ class Trace:
         self._check_shape(_dataset(self._file, "routing/expert_ids", self.path), shape, ids_dtype(self.num_experts))
         if self.has_weights:
             self._check_shape(_dataset(self._file, "routing/weights", self.path), shape, np.dtype("f2"))
+        if self.has_lookahead:
+            if self.num_layers < 2:
+                raise TraceError(f"{self.path}: /routing/lookahead_ids needs two MoE layers, not one; {MEND}")
+            ahead = (self.num_rows, self.num_layers - 1, self.top_k)
+            dataset = _dataset(self._file, "routing/lookahead_ids", self.path)
+            self._check_shape(dataset, ahead, ids_dtype(self.num_experts))
 
     def _check_shape(self, dataset: h5py.Dataset, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         if dataset.dtype != dtype or dataset.shape[1:] != shape[1:]:
@@ -408,7 +451,7 @@ class Trace:
             raise TraceError(f"{self.path}: {dataset.name} has {len(dataset)} rows, not {num_rows}; {MEND}")
 
     def _scan(self) -> str:
-        """Check all expert ids, window by window, and hash what was routed: times, tokens and weights left out."""
+        """Check all expert ids, window by window, and hash what was routed: no times, tokens, weights or look-ahead."""
         digest = hashlib.sha256()
         shape = {name: getattr(self, name) for name in ("num_layers", "num_experts", "top_k", "block_length")}
         digest.update(json.dumps({**shape, "kv_cache": self.kv_cache}, sort_keys=True).encode())
@@ -418,8 +461,12 @@ class Trace:
             if field.name != "wall_ns":
                 digest.update(self.forwards[field.name].astype("<i8").tobytes())
         for start in range(0, self.num_rows, WINDOW_ROWS):
-            ids = self.expert_ids(start, min(start + WINDOW_ROWS, self.num_rows))
+            stop = min(start + WINDOW_ROWS, self.num_rows)
+            ids = self.expert_ids(start, stop)
             check_ids(ids, self.num_experts, f"{self.path}: /routing/expert_ids", start)
+            if self.has_lookahead:
+                ahead = self.lookahead_ids(start, stop)
+                check_ids(ahead, self.num_experts, f"{self.path}: /routing/lookahead_ids", start)
             digest.update(ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes())
         return digest.hexdigest()
 

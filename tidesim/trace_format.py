@@ -76,6 +76,12 @@ DATASETS = (
     Field("routing/expert_ids", "u1 if E <= 256 else u2", "", "[N, L, K]: experts of each routed token, best first"),
     Field("routing/offsets", "i8", "rows", "[F + 1]: forward f routed the rows offsets[f]:offsets[f + 1]"),
     Field("routing/weights", "f2", "", "[N, L, K]: weights of those experts; optional"),
+    Field(
+        "routing/lookahead_ids",
+        "as routing/expert_ids",
+        "",
+        "[N, L - 1, K]: experts that the router of layer l + 1 picks from what the router of layer l sees; optional",
+    ),
 )
 
 MEND = "the file is damaged or was not written by tidesim: copy it again, or record it again."

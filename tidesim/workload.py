@@ -9,7 +9,7 @@ of recording, exactly: by adding those rows up, or by slicing them out.
 Letters: F forwards, L MoE layers, E experts, K top-k, B block length, N routed rows, M segments, P prompt tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -22,6 +22,7 @@ from tidesim.errors import TraceError
 
 Context = Literal["block", "full"]
 Ints = npt.NDArray[np.int64]
+ReadIds = Callable[[int, int], npt.NDArray[Any]]  # first row, past the last -> ids [n, layers, K]
 
 WINDOW_ROWS = 1 << 13  # routed rows held in memory at once
 _COLUMNS = ("sequence", "block", "step", "kind", "context_tokens")
@@ -52,6 +53,8 @@ class Workload:
     max_tokens : most tokens that one forward attends to, its rows and its context: the size of the KV cache.
     context : "block" (KV cache: a forward routes its own block) or "full" (no cache: it routes the whole prefix).
     fingerprint : that of the trace.
+    lookahead : int32 [F, L, E] or None, tokens for which the router of layer l names each expert when it is fed the
+        input of layer l - 1; all zero where no layer comes before, as nothing foretells the first one.
     """
 
     counts: npt.NDArray[np.int32]
@@ -73,6 +76,7 @@ class Workload:
     origin: str
     context: Context
     fingerprint: str
+    lookahead: npt.NDArray[np.int32] | None = None
 
     @property
     def num_forwards(self) -> int:
@@ -100,6 +104,7 @@ class Workload:
         return replace(
             self,
             **cut,
+            lookahead=None if self.lookahead is None else self.lookahead[:num_forwards],
             generated_tokens=round(self.generated_tokens * share),
             num_sequences=len(np.unique(cut["sequence"])),
             max_tokens=int((cut["tokens"] + cut["context_tokens"]).max()),
@@ -108,13 +113,15 @@ class Workload:
     def tiled(self, num_layers: int) -> Self:
         """The same workload for a network of `num_layers` MoE layers: its layer i is layer i % L of this one.
 
-        Raise ValueError if `num_layers` < 1.
+        So nothing foretells a layer that repeats the first. Raise ValueError if `num_layers` < 1.
         """
         if num_layers < 1:
             raise ValueError(f"num_layers(={num_layers}) must be >= 1.")
         if num_layers == self.num_layers:
             return self
-        return replace(self, counts=self.counts[:, np.arange(num_layers) % self.num_layers])
+        layers = np.arange(num_layers) % self.num_layers
+        lookahead = None if self.lookahead is None else self.lookahead[:, layers]
+        return replace(self, counts=self.counts[:, layers], lookahead=lookahead)
 
 
 class Recording(Protocol):
@@ -136,16 +143,26 @@ class Recording(Protocol):
     def expert_ids(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Experts of the routed rows start:stop, [stop - start, L, K]."""
 
+    def lookahead_ids(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Experts of layer l + 1 that the input of layer l foretold for those rows, [stop - start, L - 1, K]."""
 
-def build_workload(recording: Recording, context: Context, sequences: Sequence[int] | None) -> Workload:
+
+def build_workload(
+    recording: Recording, context: Context, sequences: Sequence[int] | None, has_lookahead: bool
+) -> Workload:
     """The workload of an engine with a KV cache ("block") or without one ("full"); see `Trace.workload`."""
     if context not in get_args(Context):
         raise ValueError(f"context(={context!r}) must be 'block' or 'full'.")
     chosen = _chosen(recording, sequences)
+    L = recording.num_layers
     try:
-        segments, counts, tokens = _count(recording, context, chosen)
+        segments, counts, tokens = _count(recording, context, chosen, recording.expert_ids, L)
     except TraceError as error:
         raise TraceError(f"{recording.path}: {error}") from None
+    lookahead = None
+    if has_lookahead:
+        foretold = _count(recording, context, chosen, recording.lookahead_ids, L - 1)[1]  # [F, L - 1, E]
+        lookahead = np.insert(foretold, 0, 0, axis=1)  # [F, L, E]
     is_denoise = segments.kind == ForwardKind.DENOISE
     first_block = recording.sequences["prompt_tokens"] // recording.block_length
     return Workload(
@@ -168,6 +185,7 @@ def build_workload(recording: Recording, context: Context, sequences: Sequence[i
         origin=recording.origin,
         context=context,
         fingerprint=recording.fingerprint,
+        lookahead=lookahead,
     )
 
 
@@ -183,12 +201,14 @@ def _chosen(recording: Recording, sequences: Sequence[int] | None) -> Ints:
     return chosen
 
 
-def _count(recording: Recording, context: Context, chosen: Ints) -> tuple["Segments", npt.NDArray[np.int32], Ints]:
-    """The forwards, their counts [F, L, E], and the rows that each routes [F]."""
+def _count(
+    recording: Recording, context: Context, chosen: Ints, read: ReadIds, num_layers: int
+) -> tuple["Segments", npt.NDArray[np.int32], Ints]:
+    """The forwards, the counts [F, layers, E] of the ids that `read` gives, and the rows that each routes [F]."""
     segments = recorded_segments(recording, chosen)
     if context == "block":
         segments = block_segments(recording, segments)
-    counts = count_segments(recording, segments)
+    counts = count_segments(read, segments, num_layers, recording.num_experts)
     if context == "block" or not recording.kv_cache:
         return segments, counts, segments.stop - segments.start
     segments, counts = add_prefix(counts, segments, recording.block_length)
@@ -281,16 +301,16 @@ def _slice(
     )
 
 
-def count_segments(recording: Recording, segments: Segments) -> npt.NDArray[np.int32]:
-    """Tokens routed to each expert in each segment, int32 [M, L, E], reading one window of rows at a time."""
-    L, E = recording.num_layers, recording.num_experts
+def count_segments(read: ReadIds, segments: Segments, num_layers: int, num_experts: int) -> npt.NDArray[np.int32]:
+    """Tokens with each expert in each segment, int32 [M, L, E], reading one window of rows [n, L, K] at a time."""
+    L, E = num_layers, num_experts
     counts = np.zeros((len(segments), L, E), np.int32)
     layer = np.arange(L)[:, None]  # [L, 1]
     for lo, hi, start, stop in _windows(segments):
         row = np.arange(start, stop)
         segment = np.searchsorted(segments.start[lo:hi], row, side="right") - 1  # [n]
         is_wanted = row < segments.stop[lo:hi][segment]
-        ids = recording.expert_ids(start, stop)[is_wanted].astype(np.int64)  # [n, L, K]
+        ids = read(start, stop)[is_wanted].astype(np.int64)  # [n, L, K]
         key = (segment[is_wanted, None, None] * L + layer) * E + ids
         counts[lo:hi] += np.bincount(key.ravel(), minlength=(hi - lo) * L * E).reshape(hi - lo, L, E)
     return counts
@@ -314,11 +334,11 @@ def _groups(segments: Segments) -> Iterator[tuple[int, int]]:
         lo = hi
 
 
-def read_segments(recording: Recording, segments: Segments) -> Iterator[npt.NDArray[Any]]:
-    """Expert ids of one segment after another, [stop - start, L, K]."""
+def read_segments(read: ReadIds, segments: Segments) -> Iterator[npt.NDArray[Any]]:
+    """The ids that `read` gives of one segment after another, [stop - start, L, K]."""
     for lo, hi in _groups(segments):
         first = int(segments.start[lo])
-        rows = recording.expert_ids(first, int(segments.stop[hi - 1]))
+        rows = read(first, int(segments.stop[hi - 1]))
         for start, stop in zip(segments.start[lo:hi] - first, segments.stop[lo:hi] - first, strict=True):
             yield rows[start:stop]
 

@@ -82,6 +82,9 @@ def trace(
     no_kv_cache: Annotated[bool, typer.Option("--no-kv-cache", help="Compute the prefix in every forward.")] = False,
     chat: ChatFlag = False,
     weights: Annotated[bool, typer.Option("--weights", help="Record the router's weights too.")] = False,
+    lookahead: Annotated[
+        bool, typer.Option("--lookahead", help="Record too what each next layer's router makes of a layer's input.")
+    ] = False,
     private: Annotated[bool, typer.Option("--private", help="Leave the tokens out of the file.")] = False,
     show_text: Annotated[bool, typer.Option("--show-text", help="Print what the model writes.")] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; default: float32.")] = None,
@@ -115,6 +118,7 @@ def trace(
             seed=seed,
             dtype=getattr(torch, dtype or Dtype.FLOAT32),
             has_weights=weights,
+            has_lookahead=lookahead,
             is_private=private,
             overwrite=overwrite,
             on_sequence=finished,

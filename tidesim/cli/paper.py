@@ -13,6 +13,7 @@ from tidesim.cli.app import (
     DecisionsOption,
     ExecutionOption,
     HardwareOption,
+    IgnoreMemoryFlag,
     IntervalOption,
     JsonFlag,
     ModelOption,
@@ -29,12 +30,14 @@ from tidesim.cli.app import (
     numbers,
     reserve_bytes,
 )
+from tidesim.compare import compare as run_comparison
 from tidesim.execution import Execution, largest_budget
 from tidesim.hardware import Hardware, load_hardware
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
 from tidesim.planner import plan as make_plan
+from tidesim.planner import split_sequences
 from tidesim.policies import POLICIES
-from tidesim.report import save_timeline
+from tidesim.report import save_comparison, save_timeline
 from tidesim.result import Interval
 from tidesim.shipped import find_shipped
 from tidesim.simulator import simulate as run_simulation
@@ -96,9 +99,7 @@ def simulate(
     context: ContextOption = None,
     weight_bits: WeightBitsOption = 16,
     reserve_gib: ReserveOption = None,
-    ignore_memory: Annotated[
-        bool, typer.Option("--ignore-memory", help="Do not ask whether the device can hold it.")
-    ] = False,
+    ignore_memory: IgnoreMemoryFlag = False,
     timeline: TimelineOption = None,
     decisions: DecisionsOption = None,
     seed: SeedOption = 0,
@@ -166,6 +167,60 @@ def plan(
     if out is not None:
         report.chosen.save(out)
     console.show(report.to_dict(), console.plan_tables, as_json)
+
+
+@app.command()
+def compare(
+    hardware: HardwareOption,
+    budget: Annotated[int | None, typer.Option(help="Experts a layer on the device; default: what fits.")] = None,
+    trace_name: TraceOption = DEFAULT_TRACE,
+    model: ModelOption = None,
+    policies: Annotated[
+        list[str] | None, typer.Option("--policy", help="Compare this one and no others; may be given again.")
+    ] = None,
+    execution_name: ExecutionOption = "overlapped",
+    context: ContextOption = None,
+    weight_bits: WeightBitsOption = 16,
+    reserve_gib: ReserveOption = None,
+    ignore_memory: IgnoreMemoryFlag = False,
+    held_out_share: Annotated[
+        float, typer.Option(help="Share of the sequences to compare on; policies may know the others before.")
+    ] = 0.25,
+    picture: Annotated[Path | None, typer.Option(help="Picture to write (PNG).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes to simulate on; default: one a core.")] = None,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run every policy on the same sequences with the same memory, beside the ceiling that none can pass."""
+    machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
+    reserve = reserve_bytes(reserve_gib)
+    with Trace.open(trace_name) as opened:
+        sizes = _sizes(opened, model, weight_bits)
+        split = split_sequences(len(opened.sequences), held_out_share, seed)
+        chosen = split.held_out or split.training
+        workload, corpus = (
+            opened.workload(how.context, part).tiled(sizes.num_layers) for part in (chosen, split.training)
+        )
+    if budget is None:
+        budget = largest_budget(sizes, machine, how, workload.max_tokens, reserve)
+    with console.progress("comparing") as advance:
+        comparison = run_comparison(
+            workload,
+            corpus,
+            sizes,
+            machine,
+            execution=how,
+            budget=budget,
+            names=policies,
+            reserve_bytes=reserve,
+            is_memory_checked=not ignore_memory,
+            workers=workers,
+            seed=seed,
+            progress=advance,
+        )
+    if picture is not None:
+        save_comparison(comparison.to_dict(), picture)
+    console.show(comparison.to_dict(), console.comparison_tables, as_json)
 
 
 # --- from options to values ---

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from tidesim.engine import kernel, layer_kernel
 from tidesim.engine.cores import Cores
 from tidesim.engine.layer_kernel import AttentionWeights, Context, Floats, GatedWeights, Rotation, RouterWeights, Space
-from tidesim.engine.model import KVCache, Layer, Likeliest, LLaDA2, MoE, NetworkConfig, RMSNorm, Routing
+from tidesim.engine.model import (
+    KVCache,
+    Layer,
+    Likeliest,
+    LLaDA2,
+    MoE,
+    NetworkConfig,
+    RMSNorm,
+    Router,
+    Routing,
+    look_ahead,
+)
 
 
 class Workspace:
@@ -98,7 +109,13 @@ class CpuLayer(Layer):
             self._num_before += self._router.map.size
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        next_router: Router | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """See `Layer`; x [1, T, D] is changed."""
         config, cores = self._config, self._cores
@@ -115,8 +132,9 @@ class CpuLayer(Layer):
         weights = np.empty((T, config.num_experts_per_tok), np.float32)
         choice = (self._router, config.n_group, config.topk_group, config.routed_scaling_factor, ids, weights)
         cores.run(layer_kernel.attend_and_route, T * self._num_before, *before, *choice)
-        routing = Routing(torch.from_numpy(ids), torch.from_numpy(weights))
-        routed: Floats = self.mlp.experts(torch.from_numpy(space.normed[:T]), routing).numpy()
+        normed = torch.from_numpy(space.normed[:T])
+        routing = look_ahead(Routing(torch.from_numpy(ids), torch.from_numpy(weights)), normed, next_router)
+        routed: Floats = self.mlp.experts(normed, routing).numpy()
         cores.run(layer_kernel.add_experts, T * self._num_behind, rows, routed, self._gated, space)
         return x, routing
 

@@ -88,20 +88,21 @@ class Generation:
     forwards: list[ForwardRouting] = field(default_factory=list)
     routings: list[list[Routing]] = field(default_factory=list)  # [F][L]: ids and weights [T, K]
 
-    def sequence_routing(self, has_weights: bool = False) -> SequenceRouting:
-        """All of it as one record of a trace."""
-        ids = [torch.stack([layer.expert_ids for layer in forward], dim=1) for forward in self.routings]  # [T, L, K]
-        weights = None
-        if has_weights:
-            stacked = [torch.stack([layer.expert_weights for layer in forward], dim=1) for forward in self.routings]
-            weights = _to_numpy(torch.cat(stacked), torch.float16)
+    def sequence_routing(self, has_weights: bool = False, has_lookahead: bool = False) -> SequenceRouting:
+        """All of it as one record of a trace; the look-ahead must have been asked for when generating."""
         return SequenceRouting(
             prompt_ids=np.array(self.prompt_ids, dtype=np.int32),
             generated_ids=np.array(self.tokens, dtype=np.int32),
             forwards=self.forwards,
-            expert_ids=_to_numpy(torch.cat(ids), torch.int16),
-            weights=weights,
+            expert_ids=self._rows("expert_ids", torch.int16),
+            weights=self._rows("expert_weights", torch.float16) if has_weights else None,
+            lookahead_ids=self._rows("lookahead_ids", torch.int16, slice(-1)) if has_lookahead else None,
         )
+
+    def _rows(self, name: str, dtype: torch.dtype, layers: slice = slice(None)) -> npt.NDArray[Any]:
+        """One field of all routings, by row and layer [N, layers, K]."""
+        forwards = [torch.stack([getattr(layer, name) for layer in each[layers]], dim=1) for each in self.routings]
+        return _to_numpy(torch.cat(forwards), dtype)
 
 
 def generate(
@@ -114,11 +115,12 @@ def generate(
     rng: torch.Generator | None = None,
     on_block: Callable[[list[int]], None] | None = None,
     watcher: Watcher | None = None,
+    has_lookahead: bool = False,
 ) -> Generation:
     """Answer one prompt.
 
     `rng` is drawn from only at a temperature above 0. `on_block` is called after each block with the answer so far,
-    `watcher` is told of every forward.
+    `watcher` is told of every forward. With `has_lookahead` every layer is also asked what the next one will choose.
     Raise InputError for an empty prompt, a mask token in it (it would be overwritten), or ids outside the vocabulary.
     """
     prompt = list(prompt_ids)
@@ -129,7 +131,7 @@ def generate(
     if not 0 <= min(prompt) <= max(prompt) < network.config.vocab_size:
         raise InputError(f"prompt ids must be in 0..{network.config.vocab_size - 1}.")
     with torch.inference_mode():
-        return _Decoder(network, prompt, sampler, mask_id, end_id, rng, watcher).run(on_block)
+        return _Decoder(network, prompt, sampler, mask_id, end_id, rng, watcher, has_lookahead).run(on_block)
 
 
 class _Decoder:
@@ -144,9 +146,10 @@ class _Decoder:
         end_id: int,
         rng: torch.Generator | None,
         watcher: Watcher | None,
+        has_lookahead: bool,
     ) -> None:
         self.network, self.sampler, self.mask_id, self.end_id, self.rng = network, sampler, mask_id, end_id, rng
-        self.watcher = watcher
+        self.watcher, self.has_lookahead = watcher, has_lookahead
         self.block_length = sampler.block_length
         self.num_prompt = len(prompt)
         self.num_blocks = -(-(len(prompt) + sampler.gen_length) // self.block_length)
@@ -229,6 +232,7 @@ class _Decoder:
             self.positions[start:stop],
             mask=self.mask[start:stop, :stop] if needs_mask else None,
             cache=self.cache,
+            has_lookahead=self.has_lookahead,
         )
         self.generation.routings.append(routings)
         self.generation.forwards.append(

@@ -75,10 +75,15 @@ class NetworkConfig:
 
 
 class Routing(NamedTuple):
-    """What one MoE layer chose: ids [T, K] in descending score, weights [T, K] float32 that sum to the scale."""
+    """What one MoE layer chose: ids [T, K] in descending score, weights [T, K] float32 that sum to the scale.
+
+    `lookahead_ids` [T, K], where they were asked for: what the router of the next layer would choose for the input of
+    this one. The last layer has none.
+    """
 
     expert_ids: Tensor
     expert_weights: Tensor
+    lookahead_ids: Tensor | None = None
 
 
 class KVCache:
@@ -289,11 +294,18 @@ class MoE(nn.Module):
         self.gate = Router(config)
         self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, next_router: Router | None = None) -> tuple[Tensor, Routing]:
         rows = x.flatten(0, 1)  # [N * T, D]
-        routing = self.gate(rows)
+        routing = look_ahead(self.gate(rows), rows, next_router)
         routed = self.experts(rows, routing).to(x.dtype).view(x.shape)
         return routed + self.shared_experts(x), routing
+
+
+def look_ahead(routing: Routing, x: Tensor, next_router: Router | None) -> Routing:
+    """`routing` of the rows x [T, D], with what `next_router` would choose for them, if there is one."""
+    if next_router is None:
+        return routing
+    return routing._replace(lookahead_ids=next_router(x).expert_ids)
 
 
 class Layer(nn.Module):
@@ -305,12 +317,18 @@ class Layer(nn.Module):
         self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if is_dense else MoE(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        next_router: Router | None = None,
     ) -> tuple[Tensor, Routing | None]:
         x = x + self.attention(self.input_layernorm(x), rotary, mask, cache, layer)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            out, routing = self.mlp(normed)
+            out, routing = self.mlp(normed, next_router)
             return x + out, routing
         return x + self.mlp(normed), None
 
@@ -345,18 +363,26 @@ class LLaDA2(nn.Module):
         return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        has_lookahead: bool = False,
     ) -> tuple[Tensor, list[Routing]]:
         """Hidden states [N, T, D] after the final norm, and the routing of every MoE layer (rows N * T).
 
         `mask` [T, S + T] is True where a token may look; None lets every token see all. With a `cache` the keys and
-        values are written behind its `length`; add T to `length` to keep them.
+        values are written behind its `length`; add T to `length` to keep them. With `has_lookahead` each layer's
+        routing also holds what the next router makes of its input.
         """
         x = self.word_embeddings(tokens)  # [N, T, D]
         rotary = self.rotary.tables(positions, x.dtype)
-        routings = []
+        next_routers = [moe.gate for moe in self.moe_layers[1:]] if has_lookahead else []
+        routings: list[Routing] = []
         for index, layer in enumerate(self.layers):
-            x, routing = layer(x, rotary, mask, cache, index)
+            next_router = next_routers[len(routings)] if len(routings) < len(next_routers) else None
+            x, routing = layer(x, rotary, mask, cache, index, next_router)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x), routings

@@ -46,14 +46,16 @@ def record(
     dtype: torch.dtype | None = None,
     experts: ExpertStorage = "auto",
     has_weights: bool = False,
+    has_lookahead: bool = False,
     is_private: bool = False,
     overwrite: bool = False,
     on_sequence: Callable[[int, str], None] | None = None,
 ) -> Recording:
     """Generate from every prompt with the model in `folder` and write the routing of all forwards to `out`.
 
-    Each finished sequence is on disk before the next begins. `on_sequence` gets how many are finished and the text
-    of the last one.
+    `has_weights` keeps the router's weights too, `has_lookahead` what the router of each next MoE layer makes of a
+    layer's input; the time that this takes is in the wall times of the forwards. Each finished sequence is on disk
+    before the next begins. `on_sequence` gets how many are finished and the text of the last one.
     Raise ModelError for an unusable folder, TraceError if `out` exists and `overwrite` is not set, and InputError for
     a prompt that cannot be answered; what was finished before stays in the file.
     """
@@ -78,13 +80,22 @@ def record(
         kv_cache=sampler.kv_cache,
         is_private=is_private,
         has_weights=has_weights,
+        has_lookahead=has_lookahead,
         overwrite=overwrite,
     ) as writer:
         for number, ids in enumerate(encoded, start=1):
             began = time.perf_counter()
-            generation = generate(network, ids, sampler, mask_id=codec.mask_id, end_id=codec.end_id, rng=rng)
+            generation = generate(
+                network,
+                ids,
+                sampler,
+                mask_id=codec.mask_id,
+                end_id=codec.end_id,
+                rng=rng,
+                has_lookahead=has_lookahead,
+            )
             generated = time.perf_counter()
-            writer.append(generation.sequence_routing(has_weights))
+            writer.append(generation.sequence_routing(has_weights, has_lookahead))
             record_s += time.perf_counter() - generated
             generate_s += generated - began
             generated_tokens += len(generation.tokens)

@@ -24,6 +24,8 @@ class Costs:
     loop_ns : [max_rows + 1], kernels of one resident expert run alone, by its rows; 0 for 0 rows.
     expert_launch_ns : launching the ops of one such expert.
     host_expert_ns : [max_rows + 1], one missed expert on the host, by its rows; 0 for 0 rows.
+    grouped_overhead_ns : what a grouped kernel takes besides its experts.
+    has_expert_curve : whether experts on the device take measured times, one after another in a group too.
     promote_ns, evict_ns : one expert from its home to the device, and out again (0 without write-back).
     promote_bytes, evict_bytes : bytes that are copied or read for them (0 where nothing is).
     """
@@ -37,11 +39,12 @@ class Costs:
         has_curves = model.weight_bits == 16
         self._device_curve = hardware.device.expert_curve if has_curves else None
         self._host_curve = hardware.host.expert_curve if has_curves else None
+        self.has_expert_curve = self._device_curve is not None
         rows = np.arange(max_rows + 1)
         self.loop_ns = _table(self._loop_s(rows))
         self.expert_launch_ns = int(self._launch_ns(execution.ops_per_expert))
         self._grouped_bytes_ns, self._grouped_flops_ns = self._grouped_tables(max_rows)
-        self._grouped_overhead_ns = int(_ns(hardware.device.grouped_overhead_s))
+        self.grouped_overhead_ns = int(_ns(hardware.device.grouped_overhead_s))
         self.host_expert_ns = self._host_table(rows)
         self._copy_costs()
 
@@ -98,9 +101,9 @@ class Costs:
         if self.execution.kernels == "loop":
             return loop_kernel_ns, int(self._unhidden_ns(loop_kernel_ns, num_active * self.expert_launch_ns))
         if self._device_curve is not None:
-            return self._grouped_overhead_ns + loop_kernel_ns, 0
+            return self.grouped_overhead_ns + loop_kernel_ns, 0
         work_ns = max(int(self._grouped_bytes_ns[num_active]), int(self._grouped_flops_ns[num_rows]))
-        return self._grouped_overhead_ns + work_ns, 0
+        return self.grouped_overhead_ns + work_ns, 0
 
     def alone_ns(self, loop_kernel_ns: int) -> tuple[int, int]:
         """The same of one expert that runs alone because it was fetched; `loop_kernel_ns` is its `loop_ns`.
@@ -108,7 +111,7 @@ class Costs:
         A grouped kernel whose experts were measured runs it as a group of one. Else it takes separate GEMMs.
         """
         if self.execution.kernels == "grouped" and self._device_curve is not None:
-            return self._grouped_overhead_ns + loop_kernel_ns, 0
+            return self.grouped_overhead_ns + loop_kernel_ns, 0
         return loop_kernel_ns, int(self._unhidden_ns(loop_kernel_ns, self.expert_launch_ns))
 
     # --- missed experts on the host ---

@@ -3,7 +3,7 @@
 from tidesim.planner.integer_programme import InfeasibleError, UnboundedError
 from tidesim.planner.plan_fields import OBJECTIVES
 from tidesim.planner.plan_file import Plan
-from tidesim.planner.plan_report import Baseline, PlanReport, Programme
+from tidesim.planner.plan_report import Baseline, PlanReport, Programme, split_sequences
 from tidesim.planner.planning import plan
 from tidesim.planner.tide_programme import TideProgramme, tide_programme
 
@@ -17,5 +17,6 @@ __all__ = [
     "TideProgramme",
     "UnboundedError",
     "plan",
+    "split_sequences",
     "tide_programme",
 ]

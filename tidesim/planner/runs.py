@@ -1,9 +1,6 @@
 """The runs that planning needs, each simulated once, on several processes at a time."""
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -17,6 +14,7 @@ from tidesim.moe import MoEConfig
 from tidesim.policies import Policy, policy
 from tidesim.result import RunResult
 from tidesim.simulator import simulate
+from tidesim.workers import Workers
 from tidesim.workload import Workload
 
 # Called with how many runs are done, and how many are known to be needed so far.
@@ -91,39 +89,28 @@ class Runs:
 
     Parameters
     ----------
-    workers : processes; None for one per CPU. With 1, everything runs in this process. With more, a script needs the
-        usual `if __name__ == "__main__":` guard, as new processes import it.
+    workers : see `Workers`.
     """
 
     def __init__(self, setting: Setting, *, workers: int | None = None, progress: Progress | None = None) -> None:
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers(={workers}) must be >= 1.")
         self.setting = setting
         self._progress = progress
         self._results: dict[Case, RunResult] = {}
-        self._workers = workers or os.cpu_count() or 1
-        self._pool: ProcessPoolExecutor | None = None
+        self._workers = Workers(setting, workers)
 
     def __enter__(self) -> Self:
-        if self._workers > 1:
-            # Not "fork": it copies locks that threads of the caller, or of numpy, may hold.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                self._workers, mp_context=context, initializer=_begin, initargs=(self.setting,)
-            )
+        self._workers.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._workers.__exit__(kind, error, tb)
 
     def results(self, cases: Iterable[Case]) -> list[RunResult]:
         """The result of each case, in order; only those not asked for before are simulated."""
         wanted = list(cases)
         new = [case for case in dict.fromkeys(wanted) if case not in self._results]
         num_known = len(self._results) + len(new)
-        outcomes = map(self.setting.run, new) if self._pool is None else self._pool.map(_run, new)
-        for case, result in zip(new, outcomes, strict=True):
+        for case, result in zip(new, self._workers.map(Setting.run, new), strict=True):
             self._results[case] = result
             if self._progress is not None:
                 self._progress(len(self._results), num_known)
@@ -137,15 +124,3 @@ class Runs:
     def num_simulated(self) -> int:
         """Runs simulated so far."""
         return len(self._results)
-
-
-# A worker process gets the setting once, when it starts, and not with every case: it holds the workloads.
-_worker: list[Setting] = []
-
-
-def _begin(setting: Setting) -> None:
-    _worker.append(setting)
-
-
-def _run(case: Case) -> RunResult:
-    return _worker[0].run(case)

@@ -11,9 +11,9 @@ it makes the same moves wherever it runs. Whoever runs the network asks it in on
 
 Most policies are compositions of a few pieces: who begins (`composition`), when to refresh and which swaps are worth it
 (`Trigger`, `Guard`), how much an expert is worth and who is evicted (`pieces`), what becomes of misses (`splits`, and
-`schedules` for those that weigh host against copies). A
-policy of your own derives from `Policy` and overrides what it decides. Each preset states its source, whether it is as
-published or as coded, and its tie order. Letters: L MoE layers, E experts per layer. τ is the refresh interval.
+`schedules` for those that weigh host against copies), whom to fetch ahead (`prefetch`) and who says so (`predictors`).
+A policy of your own derives from `Policy` and overrides what it decides. Each preset states its source, whether it is
+as published or as coded, and its tie order. Letters: L MoE layers, E experts per layer. τ is the refresh interval.
 """
 
 import inspect
@@ -33,6 +33,7 @@ from tidesim.policies.hybrid import (
     ktransformers_dynamic,
 )
 from tidesim.policies.interface import Ahead, ForwardInfo, MissAction, Policy, Serving, Shape, forwards_of
+from tidesim.policies.prefetching import PreGated, finemoe, moe_infinity_paper, next_layer_prefetch
 from tidesim.policies.tide import rlx, tide, tide_as_coded
 
 __all__ = ["POLICIES", "Ahead", "ForwardInfo", "MissAction", "Policy", "Serving", "Shape", "forwards_of", "policy"]
@@ -60,6 +61,10 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "hybrimoe": hybrimoe,
     "ktransformers-dynamic": ktransformers_dynamic,
     "daop": daop,
+    "pre-gated": PreGated,
+    "moe-infinity-paper": moe_infinity_paper,
+    "finemoe": finemoe,
+    "next-layer-prefetch": next_layer_prefetch,
 }
 
 

@@ -60,10 +60,10 @@ def mixtral_offloading() -> Policy:
     one difference is who begins: the lowest ids are offloaded there, so the first residents are the B highest (oldest:
     the lowest of them). There are no ties.
 
-    Left out: of the first min(3, B, misses) swaps, which are issued up front, with one more behind each expert that was
-    fetched and ran. Copies are on the compute stream there, and so are the kernels, so this changes the order of things
-    and not their sum. The `Execution` to run it under has blocking copies from pinned memory with write-back: a swap is
-    one copy in and one copy of the victim out. The four transfer buffers beside the slots are not counted. The paper's
+    Left out: the window. The first min(3, B, misses) swaps are issued up front there, and one more behind each expert
+    that was fetched and ran. All copies are on the stream that computes, so this changes the order of things and not
+    their sum. The `Execution` to run it under has blocking copies from pinned memory with write-back: a swap is one
+    copy in and one copy of the victim out. The four transfer buffers beside the slots are not counted. The paper's
     loading ahead for the next layer is not in the code.
     """
     return Composition("mixtral-offloading", last_ids, split=KeepAll(), victims=Lowest(LastUse()))

@@ -1,4 +1,5 @@
-"""A policy put together from pieces: who begins, when it refreshes, whom it evicts, what becomes of misses."""
+"""A policy put together from pieces: who begins, when it refreshes, whom it evicts, what becomes of misses, and who is
+fetched ahead."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from tidesim.errors import BudgetError, InputError
 from tidesim.policies.interface import (
     ALL_ON_HOST,
+    Ahead,
     Counts,
     ForwardInfo,
     Interval,
@@ -20,6 +22,7 @@ from tidesim.policies.interface import (
     Shape,
 )
 from tidesim.policies.pieces import Piece, Score, Victims, best, everything_in
+from tidesim.policies.prefetch import Prefetch
 from tidesim.policies.splits import OnHost, Split
 from tidesim.residency import NO_MOVES, Moves, Placement, per_layer
 from tidesim.workload import ForwardKind
@@ -280,6 +283,8 @@ class Composition(Policy):
     refresh : when and how residents are chosen afresh; None: never.
     split : what becomes of misses.
     victims : whose slots fetched experts take, one after another, that fetched in this very forward not excepted.
+    prefetch : who is fetched for later layers, as far as there are victims that have no rows in the running layer;
+        whoever it expects is no victim. None: nobody.
     is_in_use_safe : whether nobody who has rows in this forward may be a victim of a fetch. If no other victim is left,
         the expert is dropped after use instead.
     scope, scratch, scratch_layers, is_routing_only : see `Policy`.
@@ -293,6 +298,7 @@ class Composition(Policy):
         refresh: Refresh | None = None,
         split: Split | None = None,
         victims: Victims | None = None,
+        prefetch: Prefetch | None = None,
         is_in_use_safe: bool = False,
         scope: Literal["layer", "network"] = "layer",
         scratch: int = 0,
@@ -301,10 +307,10 @@ class Composition(Policy):
     ) -> None:
         self.name, self.scope, self.is_routing_only = name, scope, is_routing_only
         self.scratch, self.scratch_layers = scratch, scratch_layers
-        self._start, self._refresh, self._victims = start, refresh, victims
+        self._start, self._refresh, self._victims, self._prefetch = start, refresh, victims, prefetch
         self._split = split or OnHost()
         self._is_in_use_safe = is_in_use_safe
-        self._pieces = everything_in([refresh, self._split, victims])
+        self._pieces = everything_in([refresh, self._split, victims, prefetch])
         self.miss_action: MissAction = self._split.action
 
     @property
@@ -344,29 +350,48 @@ class Composition(Policy):
         fetched = self._split.choose(forward, layer, missed, counts, is_resident)
         if not (fetched.keep or fetched.drop):
             return ALL_ON_HOST
-        keep, homeless = self._make_room(layer, fetched.keep, counts, is_resident)
+        safe = self._expected(is_resident)
+        if self._is_in_use_safe:
+            safe[layer] |= counts > 0
+        keep, homeless = self._make_room(layer, fetched.keep, is_resident.copy(), safe)
         return Serving(keep, (*homeless, *fetched.drop))
 
-    def _make_room(
-        self, layer: int, keep: Sequence[int], counts: Counts, is_resident: Mask
-    ) -> tuple[Moves, Sequence[int]]:
-        """A slot for each expert of `keep`, one after another; and those for whom there was none."""
-        may_go = is_resident.copy()
+    def ahead(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> Sequence[Ahead]:
+        """See `Policy`."""
+        if self._prefetch is None:
+            return ()
+        present, moves = is_resident.copy(), []
+        wanted = self._prefetch.wanted(forward, layer, is_resident)
+        safe = self._expected(is_resident)
+        safe[layer] |= counts > 0
+        for target, experts in wanted:
+            room, homeless = self._make_room(target, experts, present, safe)
+            if room:
+                moves.append(Ahead(target, room))
+            if homeless and self.scope == "network":
+                break
+        return moves
+
+    def _expected(self, is_resident: Mask) -> Mask:
+        """Who is expected in a later layer, [L, E]: a copy."""
+        return np.zeros_like(is_resident) if self._prefetch is None else self._prefetch.expected.copy()
+
+    def _make_room(self, layer: int, keep: Sequence[int], present: Mask, safe: Mask) -> tuple[Moves, Sequence[int]]:
+        """A slot for each expert of `keep`, one after another, if need be that of one who is not `safe` [L, E]; and
+        those for whom there was none. Who is `present` [L, E] changes accordingly."""
         is_pooled = self.scope == "network"
         slots = sum(self._num_slots) if is_pooled else self._num_slots[layer]
-        num_free = slots - int(np.count_nonzero(may_go if is_pooled else may_go[layer]))
-        if self._is_in_use_safe:
-            may_go[layer, counts > 0] = False
+        num_free = slots - int(np.count_nonzero(present if is_pooled else present[layer]))
         evict: list[int] = []
         for number, expert in enumerate(keep):
             if number >= num_free:
-                victim = self._victims.first(layer, may_go) if self._victims is not None else None
+                victim = self._victims.first(layer, present & ~safe) if self._victims is not None else None
                 if victim is None:
                     return Moves(tuple(keep[:number]), tuple(evict)), keep[number:]
-                may_go[victim] = False
-                evict.append(victim[0] * len(counts) + victim[1] if is_pooled else victim[1])
+                present[victim] = False
+                evict.append(victim[0] * present.shape[1] + victim[1] if is_pooled else victim[1])
                 self._tell_evicted(*victim)
-            may_go[layer, expert] = not self._is_in_use_safe
+            present[layer, expert] = True
             self._tell_promoted(layer, expert)
         return Moves(tuple(keep), tuple(evict)), ()
 

@@ -1,6 +1,4 @@
-"""Placements that never change; misses run on the host or, in large forwards of some systems, pass through scratch
-memory.
-"""
+"""Placements that never change: misses run on the host, or, in large forwards of some systems, in scratch memory."""
 
 from typing import Literal, get_args
 

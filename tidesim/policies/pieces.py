@@ -368,6 +368,8 @@ class Lowest(Victims):
         id, "expert" for the lower id before the lower layer.
     """
 
+    _sign = 1
+
     def __init__(self, *scores: Score, scope: Literal["layer", "network"] = "layer", tie: Tie = "layer") -> None:
         self._scores, self._scope, self._tie = scores, scope, tie
 
@@ -392,16 +394,22 @@ class Lowest(Victims):
     def _least(self, candidates: npt.NDArray[np.intp], values: Callable[[Score], Floats]) -> int:
         """The first of those `candidates` (positions in what `values` gives) that are worth least."""
         for score in self._scores:
-            worth = values(score)[candidates]
+            worth = self._sign * values(score)[candidates]
             candidates = candidates[worth == worth.min()]
         return int(candidates[0])
 
     def order(self, layer: int, wanted: Sequence[int], may_go: Mask) -> list[int]:
         """See `Victims`."""
         ids = np.flatnonzero(may_go)
-        keys = [score.of(layer)[ids] for score in reversed(self._scores)]
+        keys = [self._sign * score.of(layer)[ids] for score in reversed(self._scores)]
         ordered: list[int] = ids[np.lexsort((ids, *keys))].tolist()
         return ordered
+
+
+class Highest(Lowest):
+    """Who is worth most goes first; all else is as with `Lowest`."""
+
+    _sign = -1
 
 
 class SetOrder(Victims):

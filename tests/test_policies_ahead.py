@@ -1,0 +1,661 @@
+"""Predictors, what is fetched ahead by them, and the systems that do so, against cases worked by hand."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulator_cases import data_of
+from toy import TOY, toy_execution, toy_hardware, toy_workload
+
+from tidesim.errors import InputError
+from tidesim.policies import ForwardInfo, Shape, forwards_of, policy
+from tidesim.policies.composition import Composition, first_ids
+from tidesim.policies.pieces import LastUse, Lowest, ThisForward
+from tidesim.policies.predictors import (
+    ExpectedVisits,
+    NearestForward,
+    NearestSequence,
+    Noisy,
+    Oracle,
+    Predictor,
+    Previous,
+    Recorded,
+)
+from tidesim.policies.prefetch import CumulativeShare, MostExpected, Prefetch, all_expected
+from tidesim.policies.splits import KeepAll
+from tidesim.residency import Residency
+from tidesim.simulator import simulate
+from tidesim.workload import ForwardKind
+
+
+def forward(index=0, *, sequence=0, kind=ForwardKind.DENOISE, block=1) -> ForwardInfo:
+    return ForwardInfo(index, sequence, kind, block, step=0, is_first_block=False, tokens=2)
+
+
+def begun(predictor: Predictor, num_layers: int, num_experts: int) -> Predictor:
+    """With its parts begun too."""
+    for piece in (*predictor.parts, predictor):
+        piece.begin(Shape(num_experts, (1,) * num_layers))
+    return predictor
+
+
+def see(predictor: Predictor, info: ForwardInfo, layer: int, row) -> None:
+    predictor.observe(info, layer, np.array(row, np.int32), np.zeros((9, len(row)), np.bool_))
+
+
+class Foretold(Predictor):
+    """Says what a table [L, E] has, whatever runs."""
+
+    def __init__(self, table, confidence=1.0):
+        self.table, self.sure = np.array(table, np.float64), confidence
+
+    def predict(self, forward, layer, target):
+        return self.table[target]
+
+    def confidence(self, forward, layer):
+        return self.sure
+
+
+def moves_of(made, budgets, tables, **changes):
+    """What is done, by forward and layer: fetched and kept, their victims, fetched and dropped, ahead as tuples.
+
+    The misses are checked to be served by the device.
+    """
+    workload = toy_workload(*tables, **changes)
+    E = workload.num_experts
+    residency = Residency(E, budgets, made.initial(Shape(E, tuple(budgets))), is_pooled=made.scope == "network")
+    log = {}
+    for info, table in zip(forwards_of(workload), workload.counts, strict=True):
+        for layer, counts in enumerate(table):
+            made.observe(info, layer, counts, residency.everybody)
+            missed = np.flatnonzero((counts > 0) & ~residency.is_resident(layer)).tolist()
+            serving = made.serve(info, layer, missed, counts, residency.everybody)
+            serving.check(layer, made.scratch)
+            assert serving.on_host(missed) == []
+            residency.fetch(layer, serving.keep)
+            ahead = made.ahead(info, layer, counts, residency.everybody)
+            for there, moves in ahead:
+                assert not residency.is_resident(there)[list(moves.promote)].any()
+                residency.apply(there, moves)
+            there = [(other, moves.promote, moves.evict) for other, moves in ahead]
+            log[info.index, layer] = (serving.keep.promote, serving.keep.evict, serving.drop, there)
+    return log
+
+
+# --- predictors: the routing itself ---
+
+
+def test_the_oracle_knows_every_later_layer():
+    oracle = begun(Oracle(toy_workload([[1, 3], [4, 0]], [[2, 2], [0, 4]])), 2, 2)
+    assert oracle.predict(forward(1), 0, 1).tolist() == [0, 4]
+    assert oracle.confidence(forward(1), 0) == 1
+
+
+@pytest.mark.parametrize("kind", [Oracle, NearestSequence, NearestForward, lambda work: Recorded(work.counts)])
+def test_data_of_another_network_is_refused(kind):
+    with pytest.raises(InputError, match=r"has \[L, E\] = \[2, 2\], but the network that is run has \[3, 2\]"):
+        begun(kind(toy_workload([[1, 3], [4, 0]])), 3, 2)
+
+
+def test_a_workload_with_fewer_forwards_than_are_run_is_refused():
+    with pytest.raises(InputError, match="knows of 1 forwards, not of forward 1; make it for the workload that is run"):
+        begun(Oracle(toy_workload([[1, 3], [4, 0]])), 2, 2).predict(forward(1), 0, 1)
+
+
+def many_pairs(num_forwards=40):
+    """Two layers, 64 experts of which half are used."""
+    rng = np.random.default_rng(3)
+    used = np.argsort(rng.random((num_forwards, 2, 64)), axis=2) < 32
+    return toy_workload(*(used * rng.integers(1, 9, used.shape)))
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.3, 0.8, 1.0])
+def test_a_noisy_predictor_is_as_accurate_as_it_states(accuracy):
+    workload = many_pairs()
+    noisy, right, total = begun(Noisy(workload, accuracy, seed=1), 2, 64), 0, 0
+    for info in forwards_of(workload):
+        true, said = workload.counts[info.index, 1], noisy.predict(info, 0, 1)
+        assert said.sum() == true.sum()
+        assert (said[true > 0] <= true[true > 0]).all()
+        right, total = right + np.minimum(said, true).sum(), total + true.sum()
+    # 5800 pairs: a standard deviation of 0.007 at most.
+    assert abs(right / total - accuracy) < (0.02 if 0 < accuracy < 1 else 1e-9)
+
+
+def test_wrong_pairs_are_spread_over_experts_that_are_not_used():
+    workload = toy_workload(*[[[4, 0, 0], [900, 0, 0]]] * 2)
+    said = begun(Noisy(workload, 0.0), 2, 3).predict(forward(), 0, 1)
+    assert said[0] == 0
+    assert abs(said[1] - 450) < 75  # five standard deviations of 15
+    full = toy_workload([[2, 2], [900, 900]])
+    assert 700 < begun(Noisy(full, 0.5), 2, 2).predict(forward(), 0, 1).sum() < 1100
+
+
+def test_noise_does_not_depend_on_the_order_of_questions():
+    workload = many_pairs(4)
+    infos = forwards_of(workload)
+    one, other = begun(Noisy(workload, 0.5, seed=2), 2, 64), begun(Noisy(workload, 0.5, seed=2), 2, 64)
+    said = [one.predict(info, 0, 1).tolist() for info in infos]
+    assert [other.predict(info, 0, 1).tolist() for info in reversed(infos)] == said[::-1]
+    assert [one.predict(info, 0, 1).tolist() for info in infos] == said
+    assert begun(Noisy(workload, 0.5, seed=3), 2, 64).predict(infos[0], 0, 1).tolist() != said[0]
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1])
+def test_accuracies_that_are_no_probabilities_are_refused(bad):
+    with pytest.raises(InputError, match="accuracy"):
+        Noisy(toy_workload([[1, 3]]), bad)
+
+
+def test_a_recording_foretells_the_next_layer_only():
+    recorded = begun(Recorded(np.array([[[0, 0], [1, 3], [2, 2]]], np.int32)), 3, 2)
+    assert recorded.predict(forward(), 0, 1).tolist() == [1, 3]
+    assert recorded.predict(forward(), 1, 2).tolist() == [2, 2]
+    assert recorded.predict(forward(), 0, 2).tolist() == [0, 0]
+
+
+def test_the_previous_forward_foretells_within_its_block():
+    previous = begun(Previous(), 2, 2)
+    see(previous, forward(0, kind=ForwardKind.PREFILL), 1, [9, 9])
+    assert previous.predict(forward(1), 0, 1).tolist() == [0, 0]
+    see(previous, forward(1), 1, [1, 3])
+    assert previous.predict(forward(2), 0, 1).tolist() == [1, 3]
+    assert previous.predict(forward(2, block=2), 0, 1).tolist() == [0, 0]
+    assert previous.predict(forward(2, sequence=1), 0, 1).tolist() == [0, 0]
+    begun(previous, 2, 2)
+    assert previous.predict(forward(2), 0, 1).tolist() == [0, 0]
+
+
+# --- predictors: what ran before ---
+
+# Two sequences of two forwards; summed they are [20 20 02] and [02 02 20] (tokens of two experts in three layers).
+SEQUENCES = toy_workload(
+    [[1, 0], [2, 0], [0, 1]],
+    [[1, 0], [0, 0], [0, 1]],
+    [[0, 2], [0, 1], [1, 0]],
+    [[0, 0], [0, 1], [1, 0]],
+    sequence=np.array([4, 4, 7, 7], np.int32),
+)
+
+
+def test_the_nearest_sequence_has_the_highest_mean_cosine():
+    nearest = begun(NearestSequence(SEQUENCES), 3, 2)
+    see(nearest, forward(), 0, [1, 1])
+    # 0.707 / 3 for both: the first one. Weights 1 - 1/4 and 1 - 2/4.
+    assert nearest.predict(forward(), 0, 1).tolist() == [1.5, 0]
+    assert nearest.predict(forward(), 0, 2).tolist() == [0, 1]
+    see(nearest, forward(), 1, [0, 2])
+    # (0.707 + 0) / 3 against (0.707 + 1) / 3.
+    assert nearest.predict(forward(), 1, 2).tolist() == [1.5, 0]
+    # What the sequence got so far counts still: layer 1 is like the second, layer 0 with [2, 1] like the first.
+    see(nearest, forward(1), 0, [1, 0])
+    assert nearest.predict(forward(1), 0, 1).tolist() == [0, 1.5]
+
+
+def test_a_new_sequence_is_matched_from_nothing():
+    nearest = begun(NearestSequence(SEQUENCES), 3, 2)
+    see(nearest, forward(), 0, [2, 1])
+    see(nearest, forward(), 1, [0, 2])
+    # Layer 1 would be like the second sequence still.
+    see(nearest, forward(1, sequence=1), 0, [2, 1])
+    assert nearest.predict(forward(1, sequence=1), 0, 1).tolist() == [1.5, 0]
+    # With the tokens of sequence 1, [2 2] would be as like one as the other.
+    see(nearest, forward(2, sequence=2), 0, [0, 1])
+    assert nearest.predict(forward(2, sequence=2), 0, 1).tolist() == [0, 1.5]
+
+
+def test_as_coded_only_later_layers_are_compared_and_everybody_is_expected_a_little():
+    nearest = begun(NearestSequence(SEQUENCES, "later", floor=0.5), 3, 2)
+    see(nearest, forward(), 0, [0, 2])
+    assert nearest.predict(forward(), 0, 1).tolist() == [2.5 * 0.75, 0.5 * 0.75]
+    see(nearest, forward(), 1, [0, 2])
+    see(nearest, forward(), 2, [2, 0])
+    see(nearest, forward(1), 0, [2, 0])
+    assert nearest.predict(forward(1), 0, 1).tolist() == [0.5 * 0.75, 2.5 * 0.75]
+
+
+# Shares [.75 .25, 0 1, .5 .5] and [.25 .75, 1 0, 1 0].
+FORWARDS = toy_workload([[3, 1], [0, 4], [2, 2]], [[1, 3], [4, 0], [4, 0]])
+
+
+def test_the_nearest_forward_has_the_highest_cosine_over_all_layers_so_far():
+    nearest = begun(NearestForward(FORWARDS), 3, 2)
+    see(nearest, forward(), 0, [2, 0])
+    assert nearest.confidence(forward(), 0) == pytest.approx(0.75 / 0.625**0.5)
+    assert nearest.predict(forward(), 0, 1).tolist() == [0, 1]
+    assert nearest.predict(forward(), 0, 2).tolist() == [0.25, 0.25]
+    see(nearest, forward(), 1, [4, 0])
+    # Products 0.75 + 0 and 0.25 + 1; both have the norm sqrt(0.625 + 1), this forward has sqrt(2).
+    assert nearest.confidence(forward(), 1) == pytest.approx(1.25 / (1.625 * 2) ** 0.5)
+    assert nearest.predict(forward(), 1, 2).tolist() == [1, 0]
+    see(nearest, forward(1), 0, [2, 0])
+    assert nearest.predict(forward(1), 0, 1).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", [NearestSequence, NearestForward])
+def test_nothing_is_expected_by_an_empty_corpus(kind):
+    empty = replace(FORWARDS, counts=FORWARDS.counts[:0], sequence=FORWARDS.sequence[:0])
+    predictor = begun(kind(empty), 3, 2)
+    see(predictor, forward(), 0, [2, 0])
+    assert predictor.predict(forward(), 0, 2).tolist() == [0, 0]
+
+
+def test_expected_visits_are_shares_times_visits_and_forgotten_with_an_eviction():
+    score = ExpectedVisits(Foretold([[0, 0], [3, 1]]), nearest=1)
+    for piece in (*score.parts, score):
+        piece.begin(Shape(2, (1, 1)))
+    visits = score.parts[1]
+
+    def tell(what, *args):
+        for piece in (visits, score):
+            getattr(piece, what)(*args)
+
+    tell("promoted", 1, 0)
+    tell("observe", forward(), 0, np.array([1, 0]), np.zeros((2, 2), np.bool_))
+    assert score.table.tolist() == [[0, 0], [0.75, 0]]
+    tell("promoted", 1, 1)
+    tell("observe", forward(), 1, np.array([1, 0]), np.array([[0, 0], [1, 1]], np.bool_))
+    assert score.table.tolist() == [[0, 0], [2 * 0.75, 1 * 0.25]]
+    tell("evicted", 1, 0)
+    assert score.table.tolist() == [[0, 0], [0, 0.25]]
+    tell("promoted", 1, 0)
+    assert score.of(1).tolist() == [0, 0.25]
+
+
+# --- whom to fetch ---
+
+
+def test_choices_take_all_some_or_as_many_as_the_confidence_asks_for():
+    tokens = np.array([1.0, 5.0, 2.0, 2.0, 0.0])
+    assert all_expected(tokens, 1.0) == [0, 1, 2, 3]
+    assert MostExpected(2)(tokens, 1.0) == [1, 2]
+    assert MostExpected(9)(tokens, 1.0) == [1, 2, 3, 0]
+    # Shares 0.5, 0.2, 0.2, 0.1, which add up to 0.5, 0.7, 0.9, 1.
+    assert CumulativeShare(0)(tokens, 0.25) == [1, 2]
+    assert CumulativeShare(3)(tokens, 0.25) == [1, 2, 3]
+    assert CumulativeShare(1)(tokens, 1.0) == [1]
+    assert CumulativeShare(9)(tokens, 1.0) == [1, 2, 3, 0]
+    assert CumulativeShare(0)(np.zeros(3), 0.0) == []
+
+
+TABLE = [[9, 9, 9], [1, 4, 0], [4, 2, 5]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, [(1, [1, 0])]),
+        ({"furthest": None}, [(1, [1, 0]), (2, [2, 0, 1])]),
+        ({"furthest": None, "nearest": 2}, [(2, [2, 0, 1])]),
+        ({"furthest": 2, "order": "network"}, [(2, [2]), (1, [1]), (2, [0, 1]), (1, [0])]),
+    ],
+)
+def test_prefetches_are_ordered_by_layer_or_over_the_network(settings, wanted):
+    prefetch = Prefetch(Foretold(TABLE), **settings)
+    prefetch.begin(Shape(3, (1, 1, 1)))
+    assert prefetch.wanted(forward(), 0, np.zeros((3, 3), np.bool_)) == wanted
+    assert prefetch.wanted(forward(), 2, np.zeros((3, 3), np.bool_)) == []
+
+
+def test_residents_are_expected_but_not_fetched_and_expectations_end_with_the_layer():
+    prefetch = Prefetch(Foretold(TABLE))
+    prefetch.begin(Shape(3, (1, 1, 1)))
+    assert prefetch.wanted(forward(), 0, np.array(TABLE) == 4) == [(1, [0])]
+    assert prefetch.expected.tolist() == [[False] * 3, [True, True, False], [False] * 3]
+    prefetch.observe(forward(), 1, np.array([1, 0, 0]), np.zeros((3, 3), np.bool_))
+    assert not prefetch.expected.any()
+
+
+@pytest.mark.parametrize("bad", [{"nearest": 0}, {"nearest": 3, "furthest": 2}])
+def test_distances_that_make_no_sense_are_refused(bad):
+    with pytest.raises(InputError, match="nearest"):
+        Prefetch(Previous(), **bad)
+
+
+def cache(scope, **changes):
+    """An LRU cache with a prefetch of all later layers."""
+    victims = Lowest(LastUse(), scope=scope)
+    prefetch = Prefetch(Foretold([[0, 0, 0, 0], [0, 1, 2, 3]]))
+    settings = {"split": KeepAll(), "victims": victims, "prefetch": prefetch, "scratch": 1, "scope": scope} | changes
+    return Composition("cache", first_ids, **settings)
+
+
+def test_a_cache_by_layer_prefetches_into_the_slots_of_the_target():
+    # Layer 1 has a slot for two, and 0, 1 in them: 1 is expected itself, so 3 takes the slot of 0 and 2 has none.
+    log = moves_of(cache("layer"), [2, 2], [[[2, 2, 0, 0], [0, 0, 2, 2]]])
+    assert log[0, 0] == ((), (), (), [(1, (3,), (0,))])
+    assert log[0, 1] == ((2,), (1,), (), [])
+
+
+def test_a_shared_cache_spares_the_running_layer_and_whom_it_expects():
+    # Experts 0, 1 of layer 0 run and 1 of layer 1 is expected: only 0 of layer 1, which is 4, may go.
+    log = moves_of(cache("network"), [2, 2], [[[2, 2, 0, 0], [0, 0, 2, 2]]])
+    assert log[0, 0] == ((), (), (), [(1, (3,), (4,))])
+    # Then 0 and 1 of layer 0 were used longest ago, but 1 of layer 1 never was.
+    assert log[0, 1] == ((2,), (5,), (), [])
+
+
+def test_a_miss_does_not_take_the_slot_of_who_is_expected():
+    # From layer 0 both slots of layer 2 are expected to be used; layer 1 misses, and layer 0's slots go.
+    prefetch = Prefetch(Foretold([[0, 0], [0, 0], [1, 1]]), nearest=2, furthest=2)
+    made = cache("network", victims=Lowest(ThisForward(), scope="network"), prefetch=prefetch)
+    log = moves_of(made, [1, 1, 1], [[[2, 0], [0, 2], [2, 2]]])
+    assert log[0, 0] == ((), (), (), [(2, (1,), (2,))])
+    assert log[0, 1] == ((1,), (0,), (), [])
+    assert log[0, 2] == ((), (), (), [])
+
+
+# --- Pre-gated MoE ---
+
+STAIRS = [[2, 2, 0, 0], [0, 2, 2, 0], [0, 0, 2, 2]]
+
+
+def pre_gated(budgets, tables, foretold=None):
+    workload = toy_workload(*tables)
+    lookahead = None if foretold is None else np.array(foretold, np.int32)
+    predictor = Oracle(workload) if lookahead is None else Recorded(lookahead)
+    return moves_of(policy("pre-gated", predictor=predictor), budgets, tables)
+
+
+def test_pre_gated_fills_one_buffer_while_the_other_is_used_and_keeps_nothing():
+    log = pre_gated([2, 1, 1], [STAIRS, STAIRS])
+    for index in (0, 1):
+        assert log[index, 0] == ((0, 1), (), (), [(1, (1, 2), ())])
+        assert log[index, 1] == ((), (), (), [(2, (2, 3), (0, 1))])
+        # Experts 1, 2 of layer 1 are 5, 6; 2, 3 of layer 2 are 10, 11.
+        assert log[index, 2] == ((), (), (), [(2, (), (5, 6, 10, 11))])
+
+
+def test_pre_gated_with_too_few_slots_fetches_the_rest_on_demand():
+    log = pre_gated([1, 1, 1], [STAIRS])
+    assert log[0, 0] == ((0, 1), (), (), [(1, (1,), ())])
+    assert log[0, 1] == ((2,), (0,), (), [(2, (2,), (1,))])
+    assert log[0, 2] == ((3,), (5,), (), [(2, (), (6, 10, 11))])
+
+
+def test_pre_gated_with_less_than_a_layer_of_slots_goes_through_scratch():
+    log = pre_gated([1, 0, 0], [STAIRS])
+    assert log[0, 0] == ((0,), (), (1,), [])
+    assert log[0, 1] == ((1,), (0,), (2,), [])
+    assert log[0, 2] == ((2,), (5,), (3,), [(2, (), (10,))])
+
+
+def test_pre_gated_fetches_on_demand_what_nobody_foretold():
+    # Layer 1 is foretold to use 0 and 1 and uses 1 and 2; layer 2 is foretold to use 3 alone.
+    log = pre_gated([2, 2, 1], [STAIRS], [[[0, 0, 0, 0], [2, 2, 0, 0], [0, 0, 0, 4]]])
+    assert log[0, 0] == ((0, 1), (), (), [(1, (0, 1), ())])
+    # One slot is free. Then 0, 1 of layer 0 and 0 of layer 1 (which is 4) give up theirs.
+    assert log[0, 1] == ((2,), (), (), [(2, (3,), (0, 1, 4))])
+    assert log[0, 2] == ((2,), (), (), [(2, (), (5, 6, 10, 11))])
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(2, 6))
+def test_pre_gated_by_an_oracle_misses_in_the_first_layer_only(seed, num_layers, num_experts):
+    rng = np.random.default_rng(seed)
+    tables = rng.integers(0, 3, (4, num_layers, num_experts)) * 2
+    active = (tables > 0).sum(axis=2)
+    # Slots for the two layers that need most, one after the other.
+    slots = max([*(active[:, 0]), *(int(one + two) for row in active for one, two in pairwise(row))])
+    budgets = [slots // num_layers + (layer < slots % num_layers) for layer in range(num_layers)]
+    log = pre_gated(budgets, tables)
+    for (index, layer), (keep, evict, drop, _) in log.items():
+        assert (evict, drop) == ((), ())
+        assert keep == (tuple(np.flatnonzero(tables[index, 0])) if layer == 0 else ())
+
+
+# --- MoE-Infinity ---
+
+# One sequence; layer 1 is like [0 0 3 1].
+LIKE = toy_workload([[2, 2, 0, 0], [0, 0, 3, 1]])
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        (
+            "published",
+            {
+                # Visits of layer 0: 1 1. Of layer 1 nobody was used; 2 and 3 are expected and take the slots of 0, 1.
+                (0, 0): ((), (), (), [(1, (2, 3), (4, 5))]),
+                # Visits 11.. and ..21, as copies count; 0 of layer 0 is the first of those with the fewest.
+                (0, 1): ((1,), (0,), (), []),
+                # Visits .2.. and .121. The expected 2 and 3 stay.
+                (1, 0): ((), (), (), []),
+                # 3 is there; visits .2.. and .122.
+                (1, 1): ((), (), (), []),
+                # Visits of those on the device .2.. and .122: 1 of layer 1 has the fewest.
+                (2, 0): ((0,), (5,), (), []),
+                (2, 1): ((), (), (), []),
+            },
+        ),
+        (
+            "coded",
+            {
+                # Everybody in layer 1 is a candidate and layer 0 is in use: no victim.
+                (0, 0): ((), (), (), []),
+                # Visits 11.. and 01..: 0 of layer 0 is the first of those with the most.
+                (0, 1): ((2,), (0,), (), []),
+                (1, 0): ((), (), (), []),
+                # Visits .2.. and 011.: the most visited one goes.
+                (1, 1): ((3,), (1,), (), []),
+                # Nobody is expected before layer 0 runs: visits 0111, so 1 of layer 1 goes.
+                (2, 0): ((0,), (5,), (), []),
+                # Visits 2... and 0.12, as counts outlast evictions.
+                (2, 1): ((), (), (), []),
+            },
+        ),
+    ],
+)
+def test_moe_infinity_prefetches_what_the_nearest_sequence_used(mode, expected):
+    tables = [
+        [[2, 2, 0, 0], [0, 2, 2, 0]],
+        [[0, 4, 0, 0], [0, 0, 0, 4]],
+        [[4, 0, 0, 0], [0, 0, 0, 4]],
+    ]
+    assert moves_of(policy("moe-infinity-paper", corpus=LIKE, mode=mode), [2, 2], tables) == expected
+
+
+def test_moe_infinity_fetches_the_most_expected_first_over_all_layers():
+    # From layer 0 of three: layer 1 weighs 3/4, layer 2 weighs 1/2: 3 x .75, 1 x .75 against 4 x .5.
+    corpus = toy_workload([[4, 0, 0, 0], [0, 0, 3, 1], [0, 0, 0, 4]])
+    log = moves_of(policy("moe-infinity-paper", corpus=corpus), [2, 2, 2], [[[4, 0, 0, 0]] * 3])
+    # Victims: 1 of layer 0, and then 0, 1 of layer 1.
+    assert log[0, 0] == ((), (), (), [(1, (2,), (1,)), (2, (3,), (4,)), (1, (3,), (5,))])
+
+
+def test_moe_infinity_counts_visits_of_one_sequence():
+    # Within a sequence 1 of layer 1 would have the fewest, none; in a new one 0 of layer 0 has none either.
+    same, other = [[4, 0, 0, 0], [4, 0, 0, 0]], [[0, 2, 2, 0], [4, 0, 0, 0]]
+    made = policy("moe-infinity-paper", corpus=toy_workload(same))
+    for sequences, victim in (([3, 3], 5), ([3, 4], 0)):
+        log = moves_of(made, [2, 2], [same, other], sequence=np.array(sequences, np.int32))
+        assert log[1, 0] == ((2,), (victim,), (), [])
+
+
+def test_modes_that_are_none_are_refused():
+    with pytest.raises(InputError, match=r"mode\(='broken'\) must be 'coded' or 'published'"):
+        policy("moe-infinity-paper", corpus=LIKE, mode="broken")
+
+
+# --- FineMoE ---
+
+
+def test_finemoe_fetches_more_the_less_a_forward_is_like_a_known_one():
+    # Layer 1 of the known forward has shares 0 .5 .25 .25.
+    corpus = toy_workload([[4, 0, 0, 0], [0, 2, 1, 1]])
+    like, unlike = [[4, 0, 0, 0], [0, 4, 0, 0]], [[2, 2, 0, 0], [0, 4, 0, 0]]
+    made = policy("finemoe", corpus=corpus, distance=1, least=1)
+    # Cosine 1: just one, 1, which is there.
+    assert moves_of(made, [2, 2], [like])[0, 0] == ((), (), (), [])
+    # Cosine 0.707: shares may add up to 0.293, so it is still one.
+    assert moves_of(made, [2, 2], [unlike])[0, 0] == ((), (), (), [])
+    # Cosine 1 / sqrt(17), 0.243: shares may add up to 0.757, which is two, 1 and 2.
+    half = [[1, 4, 0, 0], [0, 4, 0, 0]]
+    assert moves_of(made, [2, 2], [half])[0, 0] == ((), (), (), [(1, (2,), (4,))])
+    # Cosine 0: all three. The first victims of those worth nothing are 0 of layer 0 and 0 of layer 1.
+    alien = [[0, 4, 0, 0], [0, 4, 0, 0]]
+    assert moves_of(made, [2, 2], [alien])[0, 0] == ((), (), (), [(1, (2, 3), (0, 4))])
+    made = policy("finemoe", corpus=corpus, distance=1, least=2)
+    assert moves_of(made, [2, 2], [like])[0, 0] == ((), (), (), [(1, (2,), (1,))])
+
+
+def test_finemoe_fetches_by_share_over_distance_from_its_distance_on():
+    # Cosine 0, as layer 0 is unlike: everybody. Layer 2 weighs 1/2 (shares .75 .25), layer 3 weighs 1/3 (shares 0 1).
+    corpus = toy_workload([[4, 0], [4, 0], [3, 1], [0, 4]])
+    log = moves_of(policy("finemoe", corpus=corpus, distance=2), [1] * 4, [[[0, 4], [4, 0], [4, 0], [0, 4]]])
+    # Layer 0 fetches 1 for itself in the place of its own 0. Then 0 of layer 2, .375, is there and stays, 1 of layer 3,
+    # .333, takes the slot of 0 in layer 1, which is 2, and 1 of layer 2, .125, that of 0 in layer 3, which is 6.
+    assert log[0, 0] == ((1,), (0,), (), [(3, (1,), (2,)), (2, (1,), (6,))])
+    # All but 1 of layer 0 are expected, so it goes; layer 1 was too near to be foretold.
+    assert log[0, 1] == ((0,), (1,), (), [])
+    # Whom layers 2 and 3 use is there.
+    assert log[0, 2] == log[0, 3] == ((), (), (), [])
+
+
+def test_finemoe_evicts_the_lowest_share_times_visits():
+    corpus = toy_workload([[4, 0, 0, 0], [3, 1, 0, 0]])
+    made = policy("finemoe", corpus=corpus, distance=1, least=2)
+    tables = [[[4, 0, 0, 0], [1, 1, 2, 0]], [[4, 0, 0, 0], [0, 4, 0, 0]], [[0, 0, 4, 0], [4, 0, 0, 0]]]
+    log = moves_of(made, [1, 2], tables)
+    # Layer 1 misses 2; 0 and 1 are in use, and 0 of layer 0 is worth nothing.
+    assert log[0, 1] == ((2,), (0,), (), [])
+    # Layer 0 misses 0. Worth in layer 1: 0 is 0.75 x 1, 1 is 0.25 x 1, 2 is 0 x 1; so 2, which is 6, goes.
+    assert log[1, 0] == ((0,), (6,), (), [])
+    # Layer 0 misses 2. Worth: 0 of layer 0 nothing.
+    assert log[2, 0] == ((2,), (0,), (), [])
+
+
+@pytest.mark.parametrize("bad", [{"distance": 0}, {"least": -1}])
+def test_finemoe_refuses_what_makes_no_sense(bad):
+    with pytest.raises(InputError, match="must be >= 1, and least"):
+        policy("finemoe", corpus=LIKE, **bad)
+
+
+# --- next-layer prefetch ---
+
+
+def test_next_layer_prefetch_fills_the_next_layers_cache():
+    tables = [[[2, 2, 0, 0], [0, 0, 3, 1]], [[0, 0, 2, 2], [2, 0, 1, 1]]]
+    log = moves_of(policy("next-layer-prefetch", predictor=Oracle(toy_workload(*tables))), [2, 2], tables)
+    assert log[0, 0] == ((), (), (), [(1, (2, 3), (0, 1))])
+    assert log[0, 1] == ((), (), (), [])
+    # 0 and 1 have one use two forwards ago, 1/2; then 2 has one just now, 1/1. In layer 1 both are expected: no victim.
+    assert log[1, 0] == ((2, 3), (0, 1), (), [])
+    # 2 and 3 have three uses, that ahead and two in forwards, just now: the lower id goes.
+    assert log[1, 1] == ((0,), (2,), (), [])
+    few = policy("next-layer-prefetch", predictor=Oracle(toy_workload(*tables)), most=1)
+    log = moves_of(few, [2, 2], tables)
+    assert log[0, 0] == ((), (), (), [(1, (2,), (0,))])
+    assert log[0, 1] == ((3,), (1,), (), [])
+    with pytest.raises(InputError, match=r"most\(=-1\) must be >= 0"):
+        policy("next-layer-prefetch", predictor=Previous(), most=-1)
+
+
+# --- timetables ---
+
+SWAPPED = [0, 0, 3, 3, 0, 0, 0, 0]
+
+
+def timetable(name="pre-gated", copies="background", **changes):
+    """Two layers with the same routing, from an oracle; (timeline, parts of both layers)."""
+    workload = toy_workload([SWAPPED, SWAPPED])
+    timeline = []
+    result = simulate(
+        workload,
+        replace(TOY, num_layers=2),
+        toy_hardware(),
+        policy(name, predictor=Oracle(workload)),
+        budget=2,
+        execution=toy_execution(copies=copies, **changes),
+        timeline=timeline,
+        is_memory_checked=False,
+    )
+    timeline.sort(key=lambda interval: (interval.start_ns, interval.resource))
+    waits = [round(1e9 * result.breakdown_by_layer_s[layer]["copy_wait"]) for layer in "01"]
+    return [tuple(interval[:4]) for interval in timeline], waits
+
+
+def test_a_prefetch_hides_behind_the_dense_part():
+    # A promotion takes 310. Layer 0 waits for its own two; those of layer 1 end at 2440, and its dense part at 2920.
+    timeline, waits = timetable()
+    assert timeline == [
+        ("device", "entry", 0, 200),
+        ("device", "dense", 200, 1200),
+        ("h2d", "promote 2", 1200, 1510),
+        ("device", "expert 2", 1510, 1610),
+        ("h2d", "promote 3", 1510, 1820),
+        ("device", "expert 3", 1820, 1920),
+        ("h2d", "promote 2", 1820, 2130),
+        ("device", "dense", 1920, 2920),
+        ("h2d", "promote 3", 2130, 2440),
+        ("device", "experts", 2920, 3120),
+        ("device", "head", 3120, 4120),
+    ]
+    assert waits == [310 + 210, 0]
+
+
+def test_a_prefetch_that_is_late_is_waited_for():
+    # 121 latencies make a promotion 1510 long: layer 1 is ready at 5320, and its experts arrive at 5730 and 7240.
+    timeline, waits = timetable(copies_per_expert=121)
+    assert timeline[2:] == [
+        ("h2d", "promote 2", 1200, 2710),
+        ("device", "expert 2", 2710, 2810),
+        ("h2d", "promote 3", 2710, 4220),
+        ("device", "expert 3", 4220, 4320),
+        ("h2d", "promote 2", 4220, 5730),
+        ("device", "dense", 4320, 5320),
+        ("h2d", "promote 3", 5730, 7240),
+        ("device", "experts", 7240, 7440),
+        ("device", "head", 7440, 8440),
+    ]
+    assert waits == [1510 + 1410, 7240 - 5320]
+
+
+def test_blocking_prefetches_hide_nothing():
+    timeline, waits = timetable(copies="blocking")
+    assert [entry for entry in timeline if entry[0] == "h2d"] == [
+        ("h2d", "promote 2", 1200, 1510),
+        ("h2d", "promote 3", 1610, 1920),
+        ("h2d", "promote 2", 2020, 2330),
+        ("h2d", "promote 3", 2330, 2640),
+    ]
+    assert ("device", "dense", 2640, 3640) in timeline
+    assert waits == [4 * 310, 0]
+
+
+def test_a_prefetch_waits_behind_the_misses_of_its_own_layer():
+    # The cache has 0 and 1 everywhere: layer 0 fetches 2 and 3, and right after them come those of layer 1.
+    timeline, waits = timetable("next-layer-prefetch")
+    assert [entry for entry in timeline if entry[0] == "h2d"] == [
+        ("h2d", "promote 2", 1200, 1510),
+        ("h2d", "promote 3", 1510, 1820),
+        ("h2d", "promote 2", 1820, 2130),
+        ("h2d", "promote 3", 2130, 2440),
+    ]
+    assert waits == [520, 0]
+
+
+# --- contracts over more layers ---
+
+
+@pytest.mark.parametrize("name", ["pre-gated", "moe-infinity-paper", "finemoe", "next-layer-prefetch"])
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), num_layers=st.integers(2, 5), accuracy=st.floats(0, 1))
+def test_every_miss_is_served_and_every_run_repeats(name, seed, num_layers, accuracy):
+    rng = np.random.default_rng(seed)
+    tables = rng.integers(0, 4, (5, num_layers, 6)) * rng.integers(0, 2, (5, num_layers, 6))
+    workload = toy_workload(*tables, sequence=np.sort(rng.integers(0, 3, 5)).astype(np.int32))
+    params = data_of(name, workload, Noisy(workload, accuracy))
+    if name == "finemoe":
+        params |= {"distance": int(rng.integers(1, 4)), "least": int(rng.integers(0, 4))}
+    if name == "moe-infinity-paper":
+        params |= {"mode": str(rng.choice(["coded", "published"]))}
+    budgets = rng.integers(1, 7, num_layers).tolist()
+    made = policy(name, **params)
+    # The residency refuses moves that do not fit; `moves_of` checks that residents are never fetched ahead.
+    assert moves_of(made, budgets, tables) == moves_of(made, budgets, tables)
+    assert moves_of(policy(name, **params), budgets, tables) == moves_of(made, budgets, tables)

@@ -1,0 +1,265 @@
+"""Run every contender on the same sequences and the same machine, and say how far each is from the ceiling."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from tidesim.ceiling import Ceiling, hit_ceiling, time_ceiling
+from tidesim.compare.contenders import Contender, Knowledge, contenders
+from tidesim.compare.warnings import warnings_about
+from tidesim.errors import BudgetError, InputError
+from tidesim.execution import Costs, Execution, check_memory
+from tidesim.hardware import Hardware
+from tidesim.moe import MoEConfig
+from tidesim.planner.candidates import distinct_intervals
+from tidesim.policies import Policy
+from tidesim.result import RunResult
+from tidesim.simulator import simulate
+from tidesim.workers import Workers
+from tidesim.workload import Workload
+
+# Refresh intervals that are tried for those that refresh.
+INTERVALS = (1, 2, 4, 8, 16, 32)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One contender.
+
+    Parameters
+    ----------
+    result : its run.
+    ceiling : the bound on runs like it: with slots of each layer's own, or with slots that all layers share.
+    scratch : experts of scratch memory, which it has that much fewer slots for.
+    is_best_of_family : whether no other interval of the same policy is faster.
+    """
+
+    name: str
+    result: RunResult
+    ceiling: Ceiling
+    family: str | None
+    scratch: int
+    is_routing_only: bool
+    is_best_of_family: bool
+
+    @property
+    def ceiling_share(self) -> float:
+        """Its throughput over that of the ceiling."""
+        return self.result.tok_per_s / self.ceiling.tok_per_s
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything by name; the names of the result are those of `RunResult`."""
+        own = ("name", "family", "scratch", "is_routing_only", "is_best_of_family", "ceiling_share")
+        return {name: getattr(self, name) for name in own} | self.result.to_dict()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """All contenders, the fastest first.
+
+    Parameters
+    ----------
+    rows : those that ran.
+    left_out : why the others did not, by name.
+    ceiling, pooled_ceiling : bounds for policies with slots of each layer's own, and with slots that all layers share.
+    most_hits : of any cache that is filled on demand.
+    budget : slots of a layer. sequences, corpus : compared on, and known before.
+    warnings : what to bear in mind, a sentence each.
+    """
+
+    rows: tuple[Row, ...]
+    left_out: Mapping[str, str]
+    ceiling: Ceiling
+    pooled_ceiling: Ceiling
+    most_hits: int
+    num_pairs: int
+    budget: int
+    sequences: tuple[int, ...]
+    corpus: tuple[int, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """What `tidesim compare --json` prints."""
+        shared = self.rows[0].result
+        what = ("execution", "context", "hardware", "model", "trace_origin", "seed", "version")
+        bounds = {
+            name: {"tok_per_s": bound.tok_per_s, "makespan_s": bound.makespan_ns / 1e9}
+            for name, bound in (("ceiling", self.ceiling), ("pooled_ceiling", self.pooled_ceiling))
+        }
+        return (
+            {name: getattr(shared, name) for name in what}
+            | {"budget": self.budget, "sequences": self.sequences, "corpus": self.corpus}
+            | bounds
+            | {"hit_ceiling": self.most_hits / self.num_pairs}
+            | {"warnings": self.warnings, "left_out": dict(self.left_out)}
+            | {"rows": [row.to_dict() for row in self.rows]}
+        )
+
+    def to_json(self) -> str:
+        """`to_dict` as one JSON object on one line."""
+        return json.dumps(self.to_dict())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Setting:
+    """What all runs of a comparison share."""
+
+    workload: Workload
+    knowledge: Knowledge
+    model: MoEConfig
+    hardware: Hardware
+    execution: Execution
+    budget: int
+    seed: int
+
+
+class _Outcome(NamedTuple):
+    """A run with what it takes to place it, or why there is none."""
+
+    result: RunResult | None
+    is_pooled: bool = False
+    scratch: int = 0
+    is_routing_only: bool = True
+    reason: str = ""
+
+
+def compare(
+    workload: Workload,
+    corpus: Workload,
+    model: MoEConfig,
+    hardware: Hardware,
+    *,
+    execution: Execution,
+    budget: int,
+    names: Sequence[str] | None = None,
+    intervals: Sequence[int] = INTERVALS,
+    reserve_bytes: int | None = None,
+    is_memory_checked: bool = True,
+    workers: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run every policy on `workload`, with the sizes of `model`, on `hardware`, all with the same bytes on the device.
+
+    Parameters
+    ----------
+    corpus : other sequences, for policies that want to know something beforehand.
+    budget : slots of each layer. Who needs scratch memory has that much fewer slots, and who shares slots over the
+        layers has those of all of them.
+    names : the policies to compare, all by default; the best static placement in hindsight always is.
+    intervals : refresh intervals to try for those that refresh; those longer than every block mean the same.
+    reserve_bytes, is_memory_checked : see `simulate`.
+    workers : see `Workers`.
+    progress : called with how many runs are done, and how many there are.
+
+    Raise InputError if workload, model and execution do not fit together or a policy is unknown, BudgetError if the
+    budget does not fit the device.
+    """
+    if is_memory_checked:
+        check_memory(model, hardware, execution, budget, workload.max_tokens, reserve_bytes)
+    costs = Costs(model, hardware, execution, int(workload.tokens.max()))
+    knowledge = Knowledge(
+        corpus=corpus,
+        popularity=corpus.counts.sum(axis=0, dtype=np.int64),
+        hindsight=costs.host_expert_ns[workload.counts].sum(axis=0),
+    )
+    setting = _Setting(
+        workload=workload,
+        knowledge=knowledge,
+        model=model,
+        hardware=hardware,
+        execution=execution,
+        budget=budget,
+        seed=seed,
+    )
+    who = contenders(distinct_intervals(intervals, workload), names)
+    outcomes = []
+    with Workers(setting, workers) as pool:
+        for outcome in pool.map(_run, who):
+            outcomes.append(outcome)
+            if progress is not None:
+                progress(len(outcomes), len(who))
+    ceilings = [time_ceiling(workload, costs, budget, is_pooled=is_pooled) for is_pooled in (False, True)]
+    rows = _rows(who, outcomes, ceilings)
+    return Comparison(
+        rows=rows,
+        left_out={one.name: outcome.reason for one, outcome in zip(who, outcomes, strict=True) if outcome.reason},
+        ceiling=ceilings[0],
+        pooled_ceiling=ceilings[1],
+        most_hits=hit_ceiling(workload, budget),
+        num_pairs=int(workload.counts.sum(dtype=np.int64)),
+        budget=budget,
+        sequences=_sequences(workload),
+        corpus=_sequences(corpus),
+        warnings=warnings_about(workload, costs, budget, [row.result for row in rows]),
+    )
+
+
+def slots_left(budget: int, scratch: int, num_layers: int) -> tuple[int, ...] | None:
+    """Slots of each layer when `scratch` experts of `budget` slots a layer go to scratch memory; None if too many.
+
+    What does not divide evenly goes to the first layers.
+    """
+    total = budget * num_layers - scratch
+    if total < 0:
+        return None
+    each, more = divmod(total, num_layers)
+    return tuple(each + (layer < more) for layer in range(num_layers))
+
+
+def _run(setting: _Setting, contender: Contender) -> _Outcome:
+    """Simulate one contender."""
+    try:
+        made = setting.knowledge.make(contender)
+        budgets = slots_left(setting.budget, made.scratch, setting.model.num_layers)
+        if budgets is None:
+            total = setting.budget * setting.model.num_layers
+            return _Outcome(None, reason=f"its scratch memory of {made.scratch} experts exceeds the {total} slots")
+        result = _simulated(setting, made, budgets)
+    except (BudgetError, InputError) as error:
+        return _Outcome(None, reason=str(error))
+    return _Outcome(result, made.scope == "network", made.scratch, made.is_routing_only)
+
+
+def _simulated(setting: _Setting, made: Policy, budgets: tuple[int, ...]) -> RunResult:
+    return simulate(
+        setting.workload,
+        setting.model,
+        setting.hardware,
+        made,
+        budget=budgets,
+        execution=setting.execution,
+        seed=setting.seed,
+        is_memory_checked=False,
+    )
+
+
+def _rows(who: Sequence[Contender], outcomes: Sequence[_Outcome], ceilings: Sequence[Ceiling]) -> tuple[Row, ...]:
+    """Those that ran, the fastest first; of equally fast ones as they were named."""
+    ran = [(one, outcome, outcome.result) for one, outcome in zip(who, outcomes, strict=True)]
+    best: dict[str | None, int] = {}
+    for one, _, result in ran:
+        if result is not None:
+            best[one.family] = min(result.makespan_ns, best.get(one.family, result.makespan_ns))
+    rows = [
+        Row(
+            name=one.name,
+            result=result,
+            ceiling=ceilings[outcome.is_pooled],
+            family=one.family,
+            scratch=outcome.scratch,
+            is_routing_only=outcome.is_routing_only,
+            is_best_of_family=one.family is None or result.makespan_ns == best[one.family],
+        )
+        for one, outcome, result in ran
+        if result is not None
+    ]
+    return tuple(sorted(rows, key=lambda row: row.result.makespan_ns))
+
+
+def _sequences(workload: Workload) -> tuple[int, ...]:
+    return tuple(np.unique(workload.sequence).tolist())

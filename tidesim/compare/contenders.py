@@ -1,0 +1,86 @@
+"""Who is compared: each policy with the parameters, and the slots, that it is run with."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tidesim.errors import InputError
+from tidesim.policies import POLICIES, Policy, policy
+from tidesim.workload import Workload
+
+# References that do not use the same memory, and are no rivals.
+_NOT_RIVALS = ("all-device",)
+
+
+class Contender(NamedTuple):
+    """A policy and those of its parameters that are chosen for it.
+
+    Parameters
+    ----------
+    name : what its row is called.
+    policy : a name in `POLICIES`.
+    params : (name, value) pairs.
+    family : contenders of one family differ in the refresh interval alone.
+    """
+
+    name: str
+    policy: str
+    params: tuple[tuple[str, Any], ...] = ()
+    family: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Knowledge:
+    """What policies may know before they begin.
+
+    Parameters
+    ----------
+    corpus : other sequences than those that are compared on.
+    popularity : [L, E], tokens that each expert got in the corpus.
+    hindsight : [L, E], ns that the host would take for all that an expert gets in the sequences compared on.
+    """
+
+    corpus: Workload
+    popularity: npt.NDArray[np.int64]
+    hindsight: npt.NDArray[np.int64]
+
+    def make(self, contender: Contender) -> Policy:
+        """The contender's policy, with what it asks for.
+
+        Raise InputError if it asks for something that nobody knows.
+        """
+        known: Mapping[str, object] = {"corpus": self.corpus, "popularity": self.popularity}
+        params = dict(contender.params)
+        if params.get("popularity") == "hindsight":
+            params["popularity"] = self.hindsight
+        for param, accepted in inspect.signature(POLICIES[contender.policy]).parameters.items():
+            if param in known and param not in params:
+                params[param] = known[param]
+            elif param not in params and accepted.default is inspect.Parameter.empty:
+                raise InputError(f"policy {contender.policy!r} needs {param!r}, which a comparison does not know.")
+        return policy(contender.policy, **params)
+
+
+def contenders(intervals: Sequence[int], names: Sequence[str] | None = None) -> list[Contender]:
+    """Everybody, or those policies that are named: one row each, and one for each interval of those that refresh.
+
+    The best static placement in hindsight is always among them. Raise InputError for an unknown name.
+    """
+    chosen = [name for name in POLICIES if name not in _NOT_RIVALS] if names is None else list(names)
+    unknown = [name for name in chosen if name not in POLICIES]
+    if unknown:
+        raise InputError(f"no policy {unknown[0]!r}; there are {', '.join(POLICIES)}.")
+    found = [Contender("static, best in hindsight", "static", (("popularity", "hindsight"),))]
+    for name in chosen:
+        if "refresh_interval" in inspect.signature(POLICIES[name]).parameters:
+            found += [
+                Contender(f"{name}, tau={interval}", name, (("refresh_interval", interval),), family=name)
+                for interval in intervals
+            ]
+        else:
+            found.append(Contender(name, name))
+    return found

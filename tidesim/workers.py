@@ -1,0 +1,63 @@
+"""Processes that work on many cases of one setting: each gets the setting once, and then case after case."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+Setting = TypeVar("Setting")
+Case = TypeVar("Case")
+Outcome = TypeVar("Outcome")
+
+
+class Workers(Generic[Setting]):
+    """A pool of processes; use it in a `with` statement.
+
+    Parameters
+    ----------
+    setting : what all cases share. It travels to each process once, not with every case.
+    num_workers : processes, None for one per CPU. With 1, everything runs in this process. With more, a script needs
+        the usual `if __name__ == "__main__":` guard, as new processes import it.
+
+    Raise ValueError if `num_workers` < 1.
+    """
+
+    def __init__(self, setting: Setting, num_workers: int | None = None) -> None:
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"workers(={num_workers}) must be >= 1.")
+        self.setting = setting
+        self._num_workers = num_workers or os.cpu_count() or 1
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self._num_workers > 1:
+            # Not "fork": it copies locks that threads of the caller, or of numpy, may hold.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                self._num_workers, mp_context=context, initializer=_begin, initargs=(self.setting,)
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, work: Callable[[Setting, Case], Outcome], cases: Iterable[Case]) -> Iterator[Outcome]:
+        """`work(setting, case)` for each case, in order. `work` must be a function of a module."""
+        if self._pool is None:
+            return (work(self.setting, case) for case in cases)
+        return self._pool.map(_run, ((work, case) for case in cases))
+
+
+_setting: list[Any] = []
+
+
+def _begin(setting: object) -> None:
+    _setting.append(setting)
+
+
+def _run(order: tuple[Callable[[Any, Any], Any], Any]) -> Any:
+    work, case = order
+    return work(_setting[0], case)
