@@ -80,24 +80,29 @@ def ktransformers(
 
     Raise InputError if there is no such strategy, or "frequency" has no popularity.
     """
+    return Composition(
+        "ktransformers" if strategy == "uniform" else f"ktransformers-{strategy}",
+        _mask(strategy, popularity),
+        split=OnHost() if threshold is None else ByTokens(threshold, StreamLayer(), OnHost()),
+        scope="layer" if strategy == "uniform" else "network",
+        scratch_layers=0 if threshold is None else 1,
+    )
+
+
+def _mask(strategy: Strategy, popularity: npt.ArrayLike | None) -> Start:
+    """Who is on the device by a strategy of KTransformers. Raise InputError as `ktransformers` does."""
     if strategy not in get_args(Strategy):
         raise InputError(f"strategy(={strategy!r}) must be one of {', '.join(map(repr, get_args(Strategy)))}.")
+    if strategy == "frequency":
+        if popularity is None:
+            raise InputError("strategy 'frequency' needs popularity, how often each expert was routed to, [L, E].")
+        return MostPopular(popularity, across="network")
     starts: dict[str, Start] = {
         "uniform": first_ids,
         "front-loading": first_layers,
         "random": RandomIds(42, across="network"),
     }
-    if strategy == "frequency":
-        if popularity is None:
-            raise InputError("strategy 'frequency' needs popularity, how often each expert was routed to, [L, E].")
-        starts[strategy] = MostPopular(popularity, across="network")
-    return Composition(
-        "ktransformers" if strategy == "uniform" else f"ktransformers-{strategy}",
-        starts[strategy],
-        split=OnHost() if threshold is None else ByTokens(threshold, StreamLayer(), OnHost()),
-        scope="layer" if strategy == "uniform" else "network",
-        scratch_layers=0 if threshold is None else 1,
-    )
+    return starts[strategy]
 
 
 def llama_cpp(threshold: int = 32) -> Policy:
