@@ -78,6 +78,10 @@ def cases(draw: st.DrawFn):
     params = data_of(name, workload, predictor) if name in POLICIES else {}
     drawn = {
         "refresh_interval": st.integers(1, 3),
+        "margin": st.sampled_from([0.0, 0.5]),
+        "min_dwell": st.integers(0, 2),
+        "keep": st.sampled_from([0.5, 0.9]),
+        "strategy": st.sampled_from(["uniform", "frequency", "front-loading", "random"]),
         "mode": st.sampled_from(["coded", "published"]),
         "cpu_offload": st.booleans(),
         "threshold": st.integers(1, 4),

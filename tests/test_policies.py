@@ -258,10 +258,10 @@ def test_the_object_says_what_it_is(name):
     made = make(name, one_layer(*TRACE))
     assert made.name == name
     assert made.miss_action in ("host", "fetch", "split")
-    assert (made.refresh_interval is None) == (not name.startswith("tide"))
+    assert (made.refresh_interval is None) == (not name.startswith(("tide", "rlx")))
 
 
-@pytest.mark.parametrize("name", ["tide", "tide-as-coded"])
+@pytest.mark.parametrize("name", ["tide", "tide-as-coded", "rlx"])
 @settings(deadline=None)
 @given(case=runs())
 def test_tide_moves_on_denoise_forwards_only_and_keeps_the_budget_full(name, case):

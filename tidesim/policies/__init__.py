@@ -20,8 +20,9 @@ import inspect
 from collections.abc import Callable
 
 from tidesim.errors import InputError, nearest_name
-from tidesim.policies.caches import lru
-from tidesim.policies.fixed import all_device, all_host, static
+from tidesim.policies.arc import Arc
+from tidesim.policies.caches import decayed, lfu, lru, mixtral_offloading, moe_infinity, vllm_expert_cache
+from tidesim.policies.fixed import all_device, all_host, ktransformers, llama_cpp, static
 from tidesim.policies.hybrid import (
     daop,
     fiddler,
@@ -33,7 +34,7 @@ from tidesim.policies.hybrid import (
 )
 from tidesim.policies.interface import Ahead, ForwardInfo, MissAction, Policy, Serving, Shape, forwards_of
 from tidesim.policies.prefetching import PreGated, finemoe, moe_infinity_paper, next_layer_prefetch
-from tidesim.policies.tide import tide, tide_as_coded
+from tidesim.policies.tide import rlx, tide, tide_as_coded
 
 __all__ = ["POLICIES", "Ahead", "ForwardInfo", "MissAction", "Policy", "Serving", "Shape", "forwards_of", "policy"]
 
@@ -44,6 +45,15 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "lru": lru,
     "tide": tide,
     "tide-as-coded": tide_as_coded,
+    "rlx": rlx,
+    "lfu": lfu,
+    "decayed": decayed,
+    "arc": Arc,
+    "mixtral-offloading": mixtral_offloading,
+    "moe-infinity": moe_infinity,
+    "vllm-expert-cache": vllm_expert_cache,
+    "ktransformers": ktransformers,
+    "llama-cpp": llama_cpp,
     "fiddler": fiddler,
     "freetoken-offload": freetoken_offload,
     "freetoken-hybrid": freetoken_hybrid,

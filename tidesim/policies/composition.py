@@ -48,6 +48,22 @@ def last_ids(shape: Shape) -> Placement:
     return Placement(tuple(tuple(range(E - budget, E)) for budget in shape.budgets))
 
 
+def first_layers(shape: Shape) -> Placement:
+    """All experts of the first layers, and the first ids of the next one, as far as all slots together go."""
+    ids, left = [], sum(shape.budgets)
+    for _ in shape.budgets:
+        ids.append(range(min(left, shape.num_experts)))
+        left -= len(ids[-1])
+    return Placement.of(ids)
+
+
+def last_layers(shape: Shape) -> Placement:
+    """All experts of the last layers, of as many as all slots together hold whole; the other slots stay free."""
+    everybody, num_whole = range(shape.num_experts), sum(shape.budgets) // shape.num_experts
+    num_layers = shape.num_layers
+    return Placement.of(everybody if layer >= num_layers - num_whole else () for layer in range(num_layers))
+
+
 @dataclass(frozen=True)
 class MostPopular:
     """The experts with the highest `popularity` [L, E] in each layer, or, "network", in all layers together.
@@ -72,14 +88,21 @@ class MostPopular:
 
 @dataclass(frozen=True)
 class RandomIds:
-    """Experts of each layer drawn at random with `seed`, the same for the same shape."""
+    """Experts of each layer, or, "network", of all layers together, drawn at random with `seed`.
+
+    The same for the same shape.
+    """
 
     seed: int
+    across: Literal["layer", "network"] = "layer"
 
     def __call__(self, shape: Shape) -> Placement:
         """The placement."""
-        rng = np.random.default_rng(self.seed)
-        return Placement.of(rng.permutation(shape.num_experts)[:budget] for budget in shape.budgets)
+        rng, E = np.random.default_rng(self.seed), shape.num_experts
+        if self.across == "layer":
+            return Placement.of(rng.permutation(E)[:budget] for budget in shape.budgets)
+        chosen = rng.permutation(shape.num_layers * E)[: sum(shape.budgets)]
+        return Placement.of(chosen[chosen // E == layer] % E for layer in range(shape.num_layers))
 
 
 # --- when to refresh, and which swaps are worth it ---
@@ -144,14 +167,21 @@ class Guard:
     ----------
     margin : a challenger must be worth (1 + margin) times its victim at least, or
     is_strict : more than that. The first one that is not ends the refresh.
-    min_dwell : refreshes that a resident must have seen before it may go; younger ones are passed over.
+    min_dwell : refreshes that a resident must have been there for; the one that it would go with counts, the one that
+        it came in with does not. Younger ones are passed over.
     max_swaps : promotions of one refresh at most.
+
+    Raise InputError if `margin` or `min_dwell` is negative.
     """
 
     margin: float = 0.0
     is_strict: bool = False
     min_dwell: int = 0
     max_swaps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.margin < 0 or self.min_dwell < 0:
+            raise InputError(f"margin(={self.margin}) and min_dwell(={self.min_dwell}) must be >= 0.")
 
     def allows(self, challenger: float, victim: float) -> bool:
         """Whether an expert worth `challenger` may take the slot of one worth `victim`."""
@@ -221,7 +251,7 @@ class Refresh(Piece):
         if self._guard is None:
             return list(challengers), list(candidates[: max(0, len(challengers) - num_free)])
         guard, worth = self._guard, self._want.of(layer)
-        age = self._num_refreshes[layer] - 1 - self._since[layer]
+        age = self._num_refreshes[layer] - self._since[layer]
         waiting = [victim for victim in candidates if age[victim] >= guard.min_dwell]
         promote: list[int] = []
         for challenger in challengers[: guard.max_swaps]:
@@ -234,6 +264,13 @@ class Refresh(Piece):
 
 
 # --- all of it ---
+
+
+def check_slots(policy: Policy, shape: Shape) -> None:
+    """Raise BudgetError unless `policy` has a slot in each layer, or, in the whole network, one at all."""
+    num_slots = sum(shape.budgets) if policy.scope == "network" else min(shape.budgets)
+    if num_slots < 1:
+        raise BudgetError(f"policy {policy.name!r} fetches into slots; budget(={num_slots}) must be >= 1.")
 
 
 class Composition(Policy):
@@ -251,7 +288,6 @@ class Composition(Policy):
     is_in_use_safe : whether nobody who has rows in this forward may be a victim of a fetch. If no other victim is left,
         the expert is dropped after use instead.
     scope, scratch, scratch_layers, is_routing_only : see `Policy`.
-    needs_slots : whether it cannot do without a slot in each layer.
     """
 
     def __init__(
@@ -283,9 +319,9 @@ class Composition(Policy):
         return None if self._refresh is None else self._refresh.trigger.refresh_interval
 
     def initial(self, shape: Shape) -> Placement:
-        """See `Policy`. Raise BudgetError if it keeps whom it fetches and a layer has no slot."""
-        if self._victims is not None and self.scope == "layer" and min(shape.budgets) < 1:
-            raise BudgetError(f"policy {self.name!r} fetches into slots; budget(={min(shape.budgets)}) must be >= 1.")
+        """See `Policy`. Raise BudgetError if it keeps whom it fetches and a layer, or the network, has no slot."""
+        if self._victims is not None and not (self.scope == "network" and self._is_in_use_safe):
+            check_slots(self, shape)
         self._num_slots = shape.budgets
         for piece in self._pieces:
             piece.begin(shape)

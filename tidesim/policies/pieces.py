@@ -139,6 +139,30 @@ class LastUse(Score):
         self.table[layer, expert] = self._clock
 
 
+class InUse(Score):
+    """1 for those experts of the running layer that have rows in this forward, 0 for all others of all layers."""
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """The layers before have run."""
+        self.table[:] = 0
+        self.table[layer] = counts > 0
+
+
+class Arrival(Score):
+    """The forward, counted from 1, in which an expert came in last; 0 for the first residents.
+
+    The lower, the longer a resident has been there; those that came in one forward are equal.
+    """
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """Look at the number of the forward."""
+        self._now = forward.index + 1
+
+    def promoted(self, layer: int, expert: int) -> None:
+        """It comes in now."""
+        self.table[layer, expert] = self._now
+
+
 class LastActive(Score):
     """The forward, counted from 1, that routed to an expert last, whether or not it was on the device."""
 
@@ -213,25 +237,33 @@ class Visits(Score):
 
 
 class FrequencyOverAge(Score):
-    """Uses since an expert came in, over the forwards since its last use (1 for the current one)."""
+    """Uses since an expert came in, over its age: the uses in its layer from its own last one on, that one included.
+
+    The experts of a forward are used as for `LastUse`: the residents in ascending ids, then each one fetched.
+    """
 
     def begin(self, shape: Shape) -> None:
         """Nobody was used."""
         super().begin(shape)
         self._uses, self._last = np.zeros_like(self.table), np.zeros_like(self.table)
+        self._clock = np.zeros(shape.num_layers, np.int64)
 
     def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
         """One more use for each resident that has rows; everybody else grows older."""
-        used = (counts > 0) & is_resident[layer]
+        used = np.flatnonzero((counts > 0) & is_resident[layer])
         self._uses[layer, used] += 1
-        self._last[layer, used] = forward.index
-        self._now = forward.index
-        self.table[layer] = self._uses[layer] / (self._now - self._last[layer] + 1)
+        self._last[layer, used] = self._clock[layer] + 1 + np.arange(len(used))
+        self._clock[layer] += len(used)
+        self._rate(layer)
 
     def promoted(self, layer: int, expert: int) -> None:
-        """Who comes in was used once."""
-        self._uses[layer, expert], self._last[layer, expert] = 1, self._now
-        self.table[layer, expert] = 1
+        """Who comes in is used once, and next."""
+        self._clock[layer] += 1
+        self._uses[layer, expert], self._last[layer, expert] = 1, self._clock[layer]
+        self._rate(layer)
+
+    def _rate(self, layer: int) -> None:
+        self.table[layer] = self._uses[layer] / (self._clock[layer] - self._last[layer] + 1)
 
 
 class SmoothedShare(Score):

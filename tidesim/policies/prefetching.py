@@ -170,13 +170,13 @@ def next_layer_prefetch(predictor: Predictor, most: int | None = None) -> Policy
     """A cache in each layer, filled on demand and, one layer ahead, by a predictor; like tinyserve's for vLLM's cache.
 
     Misses are fetched in ascending ids and kept; after each router the experts that are expected in the next layer
-    are fetched too, most expected first. The victim has the fewest uses since it came in over the forwards since its
-    last use (vLLM, pull request 37190); an expert that is fetched ahead counts as used once. A victim of a prefetch is
-    not expected itself; if there is none left, the others are fetched on demand.
+    are fetched too, most expected first. The victim has the fewest uses since it came in for its age in uses of its
+    layer (vLLM, pull request 37190; `pieces.FrequencyOverAge`); an expert that is fetched ahead counts as used once. A
+    victim of a prefetch is not expected itself; if there is none left, the others are fetched on demand.
 
     What differs: tinyserve's own predictor is the next layer's router on the current hidden state, which is `Recorded`
-    here. The age of a layer's experts is that of the layer's last forward until its router is done again. With more
-    experts in use than slots vLLM splits a forward, and here they take turns in the slots. Ties: the lower id.
+    here. With more experts in use than slots vLLM splits a forward, and here they take turns in the slots. Ties: the
+    lower id.
 
     Parameters
     ----------

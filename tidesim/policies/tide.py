@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tidesim.policies.composition import Composition, EverySteps, Guard, Refresh, first_ids
 from tidesim.policies.interface import Policy
-from tidesim.policies.pieces import Lowest, SetOrder, ThisForward, Total
+from tidesim.policies.pieces import Arrival, Lowest, SetOrder, ThisForward, Total
 
 
 def tide(refresh_interval: int | Sequence[int] = 1) -> Policy:
@@ -49,3 +49,29 @@ def tide_as_coded(refresh_interval: int | Sequence[int] = 1) -> Policy:
     """
     trigger = EverySteps(refresh_interval, first_block=True)
     return Composition("tide-as-coded", first_ids, refresh=Refresh(trigger, ThisForward(), SetOrder()))
+
+
+def rlx(refresh_interval: int | Sequence[int] = 1, margin: float = 0.0, min_dwell: int = 0) -> Policy:
+    """TIDE's port to Rust (rlx-runtime 0.2.16, `ExpertPool`), as coded: small gains and newcomers are left alone.
+
+    It refreshes when `tide_as_coded` does, and wants the same experts: those with most tokens of this forward. Absent
+    ones come in hottest first. Each takes the slot of the next resident that is not wanted: fewest tokens first, then
+    who has been there longest, then the lower id. A resident younger than `min_dwell` refreshes is passed over for this
+    refresh. The first challenger that is not hot enough for its victim, or finds none, ends the refresh.
+
+    Without margin and dwell (the default there too) the original evicts in the order of a Rust hash set, which is
+    another one in each process; here the order is the same as with them. It does nothing where all experts have slots,
+    and neither does this. As in `tide_as_coded`, prefill and commit forwards never refresh, and the first residents are
+    ids 0..B-1, there from refresh 0 on. Ties among wanted experts: the lower id first.
+
+    Parameters
+    ----------
+    refresh_interval : τ >= 1 (`jump_steps` there), one number or one per layer.
+    margin : a challenger must have (1 + margin) times its victim's tokens at least. Raise InputError if it is negative.
+    min_dwell : refreshes that a resident must have been there for, that of its eviction counted. Raise InputError
+        likewise.
+    """
+    counts = ThisForward()
+    trigger = EverySteps(refresh_interval, first_block=True)
+    guard = Guard(margin=margin, min_dwell=min_dwell)
+    return Composition("rlx", first_ids, refresh=Refresh(trigger, counts, Lowest(counts, Arrival()), guard))
