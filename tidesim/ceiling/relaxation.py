@@ -163,7 +163,8 @@ def _is_always_due(
     least_extra = np.cumsum(np.sort(np.where(is_active, extra, np.inf), axis=2), axis=2)
     few = (least_extra < device_once[:, :, None]).sum(axis=2)
     spared, taken = (_largest(side, few) for side in (host, device))
-    return (few < num_active) & (host_once + host.sum(axis=2) - spared >= device_once + taken)
+    is_due: Mask = (few < num_active) & (host_once + host.sum(axis=2) - spared >= device_once + taken)
+    return is_due
 
 
 def _largest(values: Floats, num: npt.NDArray[np.int64]) -> Floats:

@@ -23,6 +23,7 @@ from tidesim.errors import InputError, nearest_name
 from tidesim.policies.arc import Arc
 from tidesim.policies.caches import decayed, lfu, lru, mixtral_offloading, moe_infinity, vllm_expert_cache
 from tidesim.policies.fixed import all_device, all_host, ktransformers, llama_cpp, static
+from tidesim.policies.gain import Gain
 from tidesim.policies.hybrid import (
     daop,
     fiddler,
@@ -39,6 +40,7 @@ from tidesim.policies.tide import rlx, tide, tide_as_coded
 __all__ = ["POLICIES", "Ahead", "ForwardInfo", "MissAction", "Policy", "Serving", "Shape", "forwards_of", "policy"]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
+    "gain": Gain,
     "all-device": all_device,
     "all-host": all_host,
     "static": static,

@@ -1,0 +1,219 @@
+"""tidesim's own policy: an expert moves when the time that it will save exceeds what the move costs now.
+
+TIDE (arXiv 2605.20179) asks how often to choose the resident experts afresh, and answers with one number for the whole
+run, tuned on the machine. Between two refreshes nothing moves and the link is idle, and at a refresh everything moves
+at once, whether or not it will be of use. Here every forward and layer decides for itself, with the times that the
+machine's profile predicts:
+
+1. *What is an expert worth?* The forwards, of the next few, that are expected to use it (`foresight`), times what one
+   avoided miss saves. Counts of the block, the sequence and a corpus go into that, and placements outlive blocks: where
+   one ends, the expectation turns to the experts that blocks begin with.
+2. *Just in time.* When the router is done it is known who is missing. The link can fetch some of them while the host
+   computes the others, and the device runs each as it arrives. As many are fetched as make the layer shortest, given
+   also what those that stay will save later: those worth most first. With the host beside the device and copies in the
+   background, both work until they meet, and a copy costs nothing as long as the host is the longer side.
+3. *Who stays?* An expert that was fetched stays if it is worth more than the resident that is worth least, whose place
+   it takes. Otherwise it goes through scratch memory and is forgotten. So a budget below what a forward touches does
+   no harm, where a cache would evict what it needs next.
+4. *Idle link.* If the link has nothing to do when the layer is done, the best absent expert comes in, provided that it
+   is worth more than the worst resident: what the next block will want comes while this one ends.
+5. *Prefill* needs nearly all experts once. It is decided by the same sums; that its use says little about what comes
+   next is in the expectation, which is learnt apart for it.
+
+It never looks at a clock: times are predicted and added up on paper, so simulator and engine make the same moves. Ties:
+fewer fetches, and the lower id.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tidesim.errors import InputError
+from tidesim.execution import Costs
+from tidesim.policies.composition import MostPopular
+from tidesim.policies.foresight import Foresight
+from tidesim.policies.interface import (
+    ALL_ON_HOST,
+    Counts,
+    ForwardInfo,
+    Mask,
+    MissAction,
+    Policy,
+    Serving,
+    Shape,
+)
+from tidesim.residency import NO_MOVES, Moves, Placement
+from tidesim.workload import Workload
+
+Floats = npt.NDArray[np.float64]
+
+# An idle link brings in who is worth so much more than the victim: a copy for less would only stand in the way.
+_LEAST_LEAD = 0.05
+
+
+class Gain(Policy):
+    """See the module.
+
+    Parameters
+    ----------
+    corpus : sequences to learn from what is used again.
+
+    Raise InputError at the beginning of a run without predicted times, or with a corpus of another shape.
+    """
+
+    name = "gain"
+    miss_action: MissAction = "split"
+    is_routing_only = False
+    scratch = 2
+
+    def __init__(self, corpus: Workload) -> None:
+        self._foresight = Foresight(corpus)
+
+    def initial(self, shape: Shape) -> Placement:
+        """The experts that blocks begin with, as far as there are slots."""
+        if shape.costs is None:
+            raise InputError("policy 'gain' decides by predicted times; give the machine's profile.")
+        self._budgets = shape.budgets
+        self._paper = PaperClock(shape.costs)
+        self._foresight.begin(shape)
+        return MostPopular(self._foresight.at_start)(shape)
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """See `Policy`."""
+        self._foresight.observe(forward, layer, counts, is_resident)
+        self._paper.pass_dense(forward)
+
+    def serve(
+        self, forward: ForwardInfo, layer: int, missed: Sequence[int], counts: Counts, is_resident: Mask
+    ) -> Serving:
+        """Fetch as many of `missed` as make the layer shortest, and keep those that are worth a slot."""
+        worth, paper = self._foresight.of(layer), self._paper
+        work = LayerWork(paper.costs, forward, counts, is_resident[layer])
+        if not missed:
+            paper.pass_layer(work.device_ns, 0)
+            return ALL_ON_HOST
+        experts = np.array(missed)[np.argsort(-worth[missed], kind="stable")]
+        victims, num_free = self._victims(layer, is_resident[layer])
+        room = np.concatenate([np.zeros(num_free), worth[victims]])[: len(experts)]
+        lead = np.zeros(len(experts))
+        lead[: len(room)] = np.maximum(worth[experts[: len(room)]] - room, 0.0)
+        times_ns = work.times_ns(experts, paper.copy_ns, paper.backlog_ns)
+        saved_ns = np.concatenate([[0.0], np.cumsum(lead)]) * paper.saving_ns
+        num_fetched = int(np.argmin(times_ns - saved_ns))
+        paper.pass_layer(float(times_ns[num_fetched]), num_fetched)
+        return self._serving(experts[:num_fetched], lead[:num_fetched] > 0, victims, num_free)
+
+    def _victims(self, layer: int, is_resident: Mask) -> tuple[npt.NDArray[np.intp], int]:
+        """Residents, those worth least first, and the number of free slots."""
+        residents = np.flatnonzero(is_resident)
+        order = np.argsort(self._foresight.of(layer)[residents], kind="stable")
+        return residents[order], self._budgets[layer] - len(residents)
+
+    def _serving(
+        self, fetched: npt.NDArray[np.intp], stays: Mask, victims: npt.NDArray[np.intp], num_free: int
+    ) -> Serving:
+        keep, drop = fetched[stays].tolist(), fetched[~stays].tolist()
+        evict = victims[: max(0, len(keep) - num_free)].tolist()
+        return Serving(Moves(tuple(keep), tuple(evict)), tuple(drop))
+
+    def refresh(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> Moves:
+        """One more expert if the link is idle: the best absent one for the worst resident."""
+        if not self._paper.is_link_idle:
+            return NO_MOVES
+        worth, mine = self._foresight.of(layer), is_resident[layer]
+        victims, num_free = self._victims(layer, mine)
+        absent = np.flatnonzero(~mine)
+        if not len(absent) or not (num_free or len(victims)):
+            return NO_MOVES
+        best = int(absent[np.argmax(worth[absent])])
+        if worth[best] <= (0.0 if num_free else worth[victims[0]] + _LEAST_LEAD):
+            return NO_MOVES
+        self._paper.pass_copy()
+        return Moves((best,), () if num_free else (int(victims[0]),))
+
+
+class LayerWork:
+    """What a layer takes in one forward, by how many of its missed experts are fetched.
+
+    Attributes
+    ----------
+    device_ns : the residents' part.
+    """
+
+    def __init__(self, costs: Costs, forward: ForwardInfo, counts: Counts, is_resident: Mask) -> None:
+        self._costs, self._counts, self._num_rows = costs, counts, forward.tokens
+        hit = counts[(counts > 0) & is_resident]
+        self.device_ns = sum(costs.experts_ns(int(costs.loop_ns[hit].sum()), len(hit), int(hit.sum())))
+
+    def times_ns(self, experts: npt.NDArray[np.intp], copy_ns: float, backlog_ns: float) -> Floats:
+        """If the first 0, 1, .. of the missed `experts` are fetched and the host computes the rest, [n + 1].
+
+        A copy takes `copy_ns`; `backlog_ns` is what the link still has to do before it can begin.
+        """
+        costs, execution, rows = self._costs, self._costs.execution, self._counts[experts]
+        alone_ns = np.array([sum(costs.alone_ns(ns)) for ns in costs.loop_ns[rows].tolist()], np.float64)
+        number = np.arange(1, len(experts) + 1)
+        if execution.copies == "background":
+            # The last one runs when it has arrived; before, each runs while the next is on its way.
+            arrived_ns = backlog_ns + number * copy_ns + alone_ns
+            device_ns = np.maximum(arrived_ns, self.device_ns + np.cumsum(alone_ns))
+        else:
+            device_ns = self.device_ns + np.cumsum(copy_ns + alone_ns)
+        device_ns = np.concatenate([[self.device_ns], device_ns])
+        host_ns = self._host_ns(rows)
+        return np.maximum(device_ns, host_ns) if execution.host == "parallel" else device_ns + host_ns
+
+    def _host_ns(self, rows: Counts) -> Floats:
+        """The host's part without the first 0, 1, .. of the missed experts, [n + 1]."""
+        each_ns, pairs = self._costs.host_expert_ns[rows], rows.astype(np.int64)
+        left_ns = np.concatenate([[0], np.cumsum(each_ns[::-1])])[::-1]
+        left_pairs = np.concatenate([[0], np.cumsum(pairs[::-1])])[::-1]
+        host_ns: Floats = left_ns + self._costs.host_call_ns(np.minimum(self._num_rows, left_pairs), left_pairs)
+        return host_ns
+
+
+class PaperClock:
+    """Predicted time, added up: where the run is, and how long the link has something to do.
+
+    Attributes
+    ----------
+    copy_ns : what fetching one expert takes of the link. Its victim goes out first where it is written back: in the
+        background on a lane of its own, so that the slower of the two counts.
+    saving_ns : what one miss less saves: host and link share misses, so it is what both take for one side by side; or
+        what the host alone takes, where the link is of no help.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self._is_background = costs.execution.copies == "background"
+        copies_ns = float(costs.promote_ns), float(costs.evict_ns)
+        self.copy_ns = max(copies_ns) if self._is_background else sum(copies_ns)
+        host_ns = float(costs.host_expert_ns[1])
+        is_shared = self._is_background and costs.execution.host == "parallel"
+        self.saving_ns = host_ns * self.copy_ns / (host_ns + self.copy_ns) if is_shared else host_ns
+        self._now_ns = self._link_free_ns = 0.0
+
+    @property
+    def backlog_ns(self) -> float:
+        """What the link still has to do."""
+        return max(0.0, self._link_free_ns - self._now_ns)
+
+    @property
+    def is_link_idle(self) -> bool:
+        """Whether copies run beside everything else and the link has nothing to do."""
+        return self._is_background and self._link_free_ns <= self._now_ns
+
+    def pass_dense(self, forward: ForwardInfo) -> None:
+        """The dense part of a layer; what it attends to besides its own rows is left out."""
+        self._now_ns += float(sum(self.costs.layer_ns(np.array(forward.tokens), np.array(0))))
+
+    def pass_layer(self, layer_ns: float, num_copies: int) -> None:
+        """The routed experts of a layer, and the copies that began with them."""
+        if num_copies and self._is_background:
+            self._link_free_ns = max(self._link_free_ns, self._now_ns) + num_copies * self.copy_ns
+        self._now_ns += layer_ns
+
+    def pass_copy(self) -> None:
+        """One copy in the background."""
+        self._link_free_ns = max(self._link_free_ns, self._now_ns) + self.copy_ns
