@@ -183,9 +183,9 @@ _EMULATED = replace(
 _DISK = replace(_EMULATED, name="disk", home="disk", host="serial")
 
 # Other systems, as far as their public source says how they run; what each decides is in `tidesim.policies`. They were
-# written for other networks, so nobody can count their ops on this one: engines of eager PyTorch modules take the counts
-# of TIDE's released code (and its logits of all rows), engines with fused kernels those of `overlapped`. Weights are
-# bf16 here, whatever they quantise. Where the source leaves something open, the comment says what is assumed.
+# written for other networks, so nobody can count their ops on this one: engines of eager PyTorch modules take the
+# counts of TIDE's released code (and its logits of all rows), engines with fused kernels those of `overlapped`. Weights
+# are bf16 here, whatever they quantise. Where the source leaves something open, the comment says what is assumed.
 
 # Fiddler (github.com/efeslab/fiddler, src/fiddler/mixtral.py): Mixtral in eager PyTorch with its cache of keys and
 # values. A miss on the device is `load_state_dict` into one placeholder: three tensors, pageable, blocking, and dropped
@@ -234,8 +234,8 @@ _LLAMA_CPP = replace(
 )
 
 # FreeToken (github.com/FlashML-org/FreeToken, arXiv 2608.16157): the misses to fetch are copied from pinned memory, and
-# then the device computes, while the host computes the other misses. Nothing is written back. Assumed: one copy for each
-# expert; one kernel gathers them all there.
+# then the device computes, while the host computes the other misses. Nothing is written back. Assumed: one copy for
+# each expert; one kernel gathers them all there.
 _FREETOKEN = replace(_OVERLAPPED, name="freetoken", copies="blocking")
 
 _OURS = (_OVERLAPPED, _ENGINE, _EMULATED, _DISK)
