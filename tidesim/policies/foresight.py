@@ -22,6 +22,7 @@ Layers = int | slice
 
 HORIZON = 4  # forwards that are looked ahead
 FADE = 0.7  # the weight of a forward over that of the one before it
+_ALWAYS = sum(FADE**ahead for ahead in range(HORIZON))  # the worth of who is used in all of them
 _RIDGE = 1e-6  # weight decay, per row that is fitted
 _LAST_STEPS = (0, 1, 3, 7)  # denoising steps that end a situation; later ones are one more
 _NUM_SITUATIONS = 2 + len(_LAST_STEPS) + 1
@@ -147,7 +148,7 @@ class Foresight(Score):
         """Look ahead from here."""
         features = self._memory.see(forward, layer, counts)
         self.rows[layer] = np.where(counts > 0, counts, self.rows[layer])
-        self.table[layer] = np.maximum(features @ self._weights[situation(forward)], 0.0)
+        self.table[layer] = np.clip(features @ self._weights[situation(forward)], 0.0, _ALWAYS)
 
 
 def uses_to_come(workload: Workload) -> Floats:

@@ -10,8 +10,9 @@ machine's profile predicts:
    placements outlive blocks: where one ends, it turns to the experts that blocks begin with.
 2. *Just in time.* When the router is done it is known who is missing. The link can fetch some of them while the host
    computes the others, and the device runs each as it arrives. As many are fetched as make the layer shortest, given
-   also what those that stay will save later: first those that save most, now and later. With the host beside the device and copies in the
-   background, both work until they meet, and a copy costs nothing as long as the host is the longer side.
+   also what those that stay will save later: first those that save most, now and later. With the host beside the device
+   and copies in the background both work until they meet, and a copy costs nothing as long as the host is the longer
+   side.
 3. *Who stays?* An expert that was fetched stays if it is worth more than the resident that is worth least, whose place
    it takes. Otherwise it goes through scratch memory and is forgotten. So a budget below what a forward touches does
    no harm, where a cache would evict what it needs next.
@@ -171,16 +172,19 @@ class LayerWork:
         """
         costs, execution, rows = self._costs, self._costs.execution, self._counts[experts]
         alone_ns = np.array([sum(costs.alone_ns(ns)) for ns in costs.loop_ns[rows].tolist()], np.float64)
-        number = np.arange(1, len(experts) + 1)
+        ran_ns = np.cumsum(alone_ns)
         if execution.copies == "background":
-            # A copy begins when the one before it has ended, and the last one runs when it has arrived.
+            # A copy begins when it may and the one before it has ended; an expert runs when it has arrived and those
+            # before it have run.
             ready_ns = np.full(len(experts), backlog_ns)
             held_up = is_held_up[: len(experts)]
             ready_ns[: len(held_up)][held_up] = max(backlog_ns, self.device_ns)
-            arrived_ns = np.maximum.accumulate(ready_ns - (number - 1) * copy_ns) + number * copy_ns
-            device_ns = np.maximum(arrived_ns + alone_ns, self.device_ns + np.cumsum(alone_ns))
+            copied_ns = np.arange(len(experts)) * copy_ns
+            arrived_ns = np.maximum.accumulate(ready_ns - copied_ns) + copied_ns + copy_ns
+            start_ns = np.maximum.accumulate(arrived_ns - (ran_ns - alone_ns))
+            device_ns = np.maximum(self.device_ns, start_ns) + ran_ns
         else:
-            device_ns = self.device_ns + np.cumsum(copy_ns + alone_ns)
+            device_ns = self.device_ns + np.arange(1, len(experts) + 1) * copy_ns + ran_ns
         device_ns = np.concatenate([[self.device_ns], device_ns])
         host_ns = self._host_ns(rows)
         return np.maximum(device_ns, host_ns) if execution.host == "parallel" else device_ns + host_ns
