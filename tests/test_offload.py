@@ -162,19 +162,18 @@ def test_slots_hold_the_experts_that_the_map_says(live: LiveModel, folder: Path)
         with live.start(made, [11] * L, execution) as offload:
             answers(live, offload)
             for layer in range(L):
-                resident = np.flatnonzero(offload.slots[layer] >= 0)
-                np.testing.assert_array_equal(resident, np.flatnonzero(offload.residency.is_resident(layer)))
-                assert len(set(offload.slots[layer][resident])) == len(resident)
+                slots = offload.slots.of[layer]
+                resident = np.flatnonzero(slots >= 0)
+                np.testing.assert_array_equal(resident, np.flatnonzero(offload.slots.residency.is_resident(layer)))
+                assert len(set(slots[resident])) == len(resident)
                 assert len(resident) <= 11 or made.scope == "network"
-            slabs, slots = offload.backend.slabs, offload.slots
+            slabs, places = offload.backend.slabs, list(offload.slots.places())
         # Closed, hence every copy is done.
         checkpoint = Checkpoint(folder)
-        for layer in range(L):
-            weights = expert_weights(checkpoint, SMALL, SMALL.first_k_dense_replace + layer)
-            for expert in np.flatnonzero(slots[layer] >= 0).tolist():
-                stored = torch.cat([matrix.flatten() for matrix in weights[expert]])
-                slab = slabs[0] if made.scope == "network" else slabs[layer]
-                assert torch.equal(slab[slots[layer][expert]].to(stored.dtype), stored)
+        weights = [expert_weights(checkpoint, SMALL, SMALL.first_k_dense_replace + layer) for layer in range(L)]
+        for layer, expert, slab, slot in places:
+            stored = torch.cat([matrix.flatten() for matrix in weights[layer][expert]])
+            assert torch.equal(slabs[slab][slot].to(stored.dtype), stored)
 
 
 def test_text_does_not_depend_on_the_number_of_threads(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol, Self
 import torch
 
 from tidesim.engine.accelerator import AcceleratorBackend, DeviceCalls
+from tidesim.engine.backend import Backend, check_execution
 from tidesim.engine.checkpoint import Checkpoint, load_without_experts, random_without_experts
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_network import on_cores
@@ -23,7 +24,7 @@ from tidesim.engine.drive import Drive
 from tidesim.engine.emulated import EmulatedBackend, Pace
 from tidesim.engine.host_weights import HostWeights, MappedWeights, check_host_memory
 from tidesim.engine.model import LLaDA2, NetworkConfig
-from tidesim.engine.offload import Backend, Offload, check_execution
+from tidesim.engine.offload import Offload
 from tidesim.errors import InputError, ModelError, nearest_name
 from tidesim.execution import EXECUTIONS, DeviceMemory, Execution
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
