@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tidesim.ceiling import Ceiling, hit_ceiling, time_ceiling
-from tidesim.compare.contenders import Contender, Knowledge, contenders
+from tidesim.compare.contenders import Contender, contenders
 from tidesim.compare.warnings import warnings_about
 from tidesim.errors import BudgetError, InputError
 from tidesim.execution import Costs, Execution, check_memory
@@ -16,6 +17,7 @@ from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.planner.candidates import distinct_intervals
 from tidesim.policies import Policy
+from tidesim.policies.knowledge import Knowledge
 from tidesim.result import RunResult
 from tidesim.simulator import simulate
 from tidesim.workers import Workers
@@ -106,10 +108,11 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Setting:
-    """What all runs of a comparison share."""
+    """What all runs of a comparison share; `hindsight` [L, E] is what the host would take for all of an expert, ns."""
 
     workload: Workload
     knowledge: Knowledge
+    hindsight: npt.NDArray[np.int64]
     model: MoEConfig
     hardware: Hardware
     execution: Execution
@@ -162,15 +165,10 @@ def compare(
     if is_memory_checked:
         check_memory(model, hardware, execution, budget, workload.max_tokens, reserve_bytes)
     costs = Costs(model, hardware, execution, int(workload.tokens.max()))
-    knowledge = Knowledge(
-        workload=workload,
-        corpus=corpus,
-        popularity=corpus.counts.sum(axis=0, dtype=np.int64),
-        hindsight=costs.host_expert_ns[workload.counts].sum(axis=0),
-    )
     setting = _Setting(
         workload=workload,
-        knowledge=knowledge,
+        knowledge=Knowledge(workload=workload, corpus=corpus),
+        hindsight=costs.host_expert_ns[workload.counts].sum(axis=0),
         model=model,
         hardware=hardware,
         execution=execution,
@@ -215,7 +213,7 @@ def slots_left(budget: int, scratch: int, num_layers: int) -> tuple[int, ...] | 
 def _run(setting: _Setting, contender: Contender) -> _Outcome:
     """Simulate one contender."""
     try:
-        made = setting.knowledge.make(contender)
+        made = _made(setting, contender)
         scratch = made.scratch_experts(setting.model.num_experts)
         budgets = slots_left(setting.budget, scratch, setting.model.num_layers)
         if budgets is None:
@@ -225,6 +223,14 @@ def _run(setting: _Setting, contender: Contender) -> _Outcome:
     except (BudgetError, InputError) as error:
         return _Outcome(None, reason=str(error))
     return _Outcome(result, made.scope == "network", scratch, made.is_routing_only)
+
+
+def _made(setting: _Setting, contender: Contender) -> Policy:
+    """The contender's policy."""
+    params = dict(contender.params)
+    if params.get("popularity") == "hindsight":
+        params["popularity"] = setting.hindsight
+    return setting.knowledge.make(contender.policy, params)
 
 
 def _simulated(setting: _Setting, made: Policy, budgets: tuple[int, ...]) -> RunResult:

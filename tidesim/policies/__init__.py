@@ -17,7 +17,7 @@ as published or as coded, and its tie order. Letters: L MoE layers, E experts pe
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tidesim.errors import InputError, nearest_name
 from tidesim.policies.arc import Arc
@@ -37,7 +37,18 @@ from tidesim.policies.interface import Ahead, ForwardInfo, MissAction, Policy, S
 from tidesim.policies.prefetching import PreGated, finemoe, moe_infinity_paper, next_layer_prefetch
 from tidesim.policies.tide import rlx, tide, tide_as_coded
 
-__all__ = ["POLICIES", "Ahead", "ForwardInfo", "MissAction", "Policy", "Serving", "Shape", "forwards_of", "policy"]
+__all__ = [
+    "POLICIES",
+    "Ahead",
+    "ForwardInfo",
+    "MissAction",
+    "Policy",
+    "Serving",
+    "Shape",
+    "forwards_of",
+    "parameters_of",
+    "policy",
+]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "gain": Gain,
@@ -80,9 +91,7 @@ def policy(name: str, **params: object) -> Policy:
     >>> policy("tide", refresh_interval=4).refresh_interval
     4
     """
-    if name not in POLICIES:
-        raise InputError(f"no policy {name!r}; {nearest_name(name, POLICIES)}")
-    signature = inspect.signature(POLICIES[name]).parameters
+    signature = parameters_of(name)
     for param in params:
         if param not in signature:
             raise InputError(f"policy {name!r} takes no {param!r}; it takes {', '.join(signature) or 'no parameter'}.")
@@ -90,3 +99,10 @@ def policy(name: str, **params: object) -> Policy:
         if param not in params and accepted.default is inspect.Parameter.empty:
             raise InputError(f"policy {name!r} needs {param!r}; pass it to policy().")
     return POLICIES[name](**params)
+
+
+def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """What the policy called `name` is made with. Raise InputError, with the nearest name, if there is none."""
+    if name not in POLICIES:
+        raise InputError(f"no policy {name!r}; {nearest_name(name, POLICIES)}")
+    return inspect.signature(POLICIES[name]).parameters
