@@ -1,5 +1,6 @@
 """Commands that need no network: traces, simulation, plans."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from tidesim.cli.app import (
     JsonFlag,
     ModelOption,
     OverwriteFlag,
+    PredictorOption,
     ReserveOption,
     SeedOption,
     TimelineOption,
@@ -36,7 +38,8 @@ from tidesim.hardware import Hardware, load_hardware
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
 from tidesim.planner import plan as make_plan
 from tidesim.planner import split_sequences
-from tidesim.policies import POLICIES
+from tidesim.policies import POLICIES, Policy
+from tidesim.policies.knowledge import Knowledge
 from tidesim.report import save_comparison, save_timeline
 from tidesim.result import Interval
 from tidesim.shipped import find_shipped
@@ -95,6 +98,14 @@ def simulate(
     model: ModelOption = None,
     budget: BudgetOption = None,
     refresh_interval: IntervalOption = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            help="Trace that policies learn from (who is popular, what comes next). If left out they learn from the "
+            "very trace that is replayed, which they then know beforehand."
+        ),
+    ] = None,
+    predictor: PredictorOption = None,
     execution_name: ExecutionOption = "overlapped",
     context: ContextOption = None,
     weight_bits: WeightBitsOption = 16,
@@ -107,10 +118,17 @@ def simulate(
 ) -> None:
     """Replay a trace under one placement policy on one machine and say how long it takes, and why."""
     machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
-    workload, sizes = _workload(trace_name, model, how, weight_bits)
+    with Trace.open(trace_name) as opened:
+        sizes = _sizes(opened, model, weight_bits)
+        workload = _workload(opened, sizes, how, has_lookahead=predictor == "look-ahead")
+    learnt = workload
+    if corpus is not None:
+        with Trace.open(corpus) as opened:
+            learnt = _workload(opened, sizes, how)
+    made = chosen_policy(policy_name, refresh_interval, predictor, Knowledge(workload=workload, corpus=learnt))
     reserve = reserve_bytes(reserve_gib)
     if budget is None:
-        slots: int | list[int] = _default_budget(policy_name, sizes, machine, how, workload, reserve)
+        slots: int | list[int] = _default_budget(made, sizes, machine, how, workload, reserve)
     else:
         slots = numbers(budget, "budget")
     intervals: list[Interval] | None = None if timeline is None else []
@@ -119,7 +137,7 @@ def simulate(
             workload,
             sizes,
             machine,
-            chosen_policy(policy_name, refresh_interval, workload),
+            made,
             budget=slots,
             execution=how,
             seed=seed,
@@ -198,9 +216,7 @@ def compare(
         sizes = _sizes(opened, model, weight_bits)
         split = split_sequences(len(opened.sequences), held_out_share, seed)
         chosen = split.held_out or split.training
-        workload, corpus = (
-            opened.workload(how.context, part).tiled(sizes.num_layers) for part in (chosen, split.training)
-        )
+        workload, corpus = (_workload(opened, sizes, how, part) for part in (chosen, split.training))
     if budget is None:
         budget = largest_budget(sizes, machine, how, workload.max_tokens, reserve)
     with console.progress("comparing") as advance:
@@ -226,11 +242,16 @@ def compare(
 # --- from options to values ---
 
 
-def _workload(trace_name: str, model: str | None, how: Execution, weight_bits: int) -> tuple[Workload, MoEConfig]:
-    """The trace's workload, tiled to the layers of the model whose sizes are used, and those sizes."""
-    with Trace.open(trace_name) as opened:
-        sizes = _sizes(opened, model, weight_bits)
-        return opened.workload(how.context).tiled(sizes.num_layers), sizes
+def _workload(
+    opened: Trace,
+    sizes: MoEConfig,
+    how: Execution,
+    sequences: Sequence[int] | None = None,
+    *,
+    has_lookahead: bool = False,
+) -> Workload:
+    """The workload of some sequences, all by default, tiled to the layers of the model whose sizes are used."""
+    return opened.workload(how.context, sequences, has_lookahead=has_lookahead).tiled(sizes.num_layers)
 
 
 def _sizes(opened: Trace, model: str | None, weight_bits: int) -> MoEConfig:
@@ -239,11 +260,13 @@ def _sizes(opened: Trace, model: str | None, weight_bits: int) -> MoEConfig:
 
 
 def _default_budget(
-    policy_name: str, sizes: MoEConfig, machine: Hardware, how: Execution, workload: Workload, reserve: int | None
+    made: Policy, sizes: MoEConfig, machine: Hardware, how: Execution, workload: Workload, reserve: int | None
 ) -> int:
-    if policy_name == "all-device":
+    """The largest budget that fits beside the policy's scratch memory; whether all experts fit is asked later."""
+    if made.name == "all-device":
         return sizes.num_experts
-    return largest_budget(sizes, machine, how, workload.max_tokens, reserve)
+    scratch = made.scratch_experts(sizes.num_experts)
+    return largest_budget(sizes, machine, how, workload.max_tokens, reserve, scratch)
 
 
 def _trace_header(opened: Trace) -> dict[str, Any]:

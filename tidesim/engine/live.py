@@ -26,7 +26,7 @@ from tidesim.engine.host_weights import HostWeights, MappedWeights, check_host_m
 from tidesim.engine.model import LLaDA2, NetworkConfig
 from tidesim.engine.offload import Offload
 from tidesim.errors import InputError, ModelError, nearest_name
-from tidesim.execution import EXECUTIONS, DeviceMemory, Execution
+from tidesim.execution import EXECUTIONS, Costs, DeviceMemory, Execution
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
 from tidesim.policies import Policy
 from tidesim.result import Decision
@@ -164,10 +164,11 @@ class LiveModel:
         execution: Execution,
         decisions: Callable[[Decision], None] | None = None,
         is_detailed: bool = False,
+        costs: Costs | None = None,
     ) -> Offload:
         """Fill the slots for a run under `policy`. Close the run when it is over: slots are not shared."""
         backend = self._make_backend(is_detailed)
-        return Offload(self.network, backend, policy, budgets, execution, decisions, is_detailed=is_detailed)
+        return Offload(self.network, backend, policy, budgets, execution, decisions, is_detailed, costs)
 
     def memory(self, budgets: Sequence[int], execution: Execution, max_tokens: int, scratch: int = 0) -> DeviceMemory:
         """Bytes that a run takes on the device at its peak, with sequences of `max_tokens` tokens.

@@ -131,6 +131,7 @@ def validate(
     Parameters
     ----------
     execution : how the engine is asked to run.
+    hardware : the profile that predictions are made with, and that policies decide by that go by predicted times.
     machine : what results call the machine.
 
     Raise InputError if there is nothing to measure, or `log_file` holds measurements of another setting.
@@ -138,7 +139,7 @@ def validate(
     if not cases or repeats < 1:
         raise InputError(f"repeats(={repeats}) must be >= 1 and there must be a case to measure, not {len(cases)}.")
     workload = source.workload
-    choices = {case.label: case.choice(live, execution, workload) for case in cases}
+    choices = {case.label: case.choice(live, execution, workload, hardware) for case in cases}
     if {choice.execution.context for choice in choices.values()} != {workload.context}:
         raise InputError("the plan runs in the other context than the grid; give --execution as the plan has it.")
     simulated = {label: predict(live, workload, hardware, choice) for label, choice in choices.items()}
@@ -198,7 +199,11 @@ def validate(
 def predict(
     live: LiveModel, workload: Workload, hardware: Hardware, choice: Choice
 ) -> tuple[RunResult, list[Decision]]:
-    """What the simulator says of a choice on this routing, and what it decides."""
+    """What the simulator says of a choice on this routing if the machine is as `hardware` says, and what it decides.
+
+    A policy that decides by predicted times takes them from the choice's own profile, if it has one, as the engine
+    does.
+    """
     decisions: list[Decision] = []
     result = simulate(
         workload,
@@ -209,6 +214,7 @@ def predict(
         execution=choice.execution,
         decisions=decisions.append,
         is_memory_checked=False,
+        expected=choice.hardware,
     )
     return result, decisions
 
