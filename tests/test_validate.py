@@ -116,10 +116,12 @@ def trace() -> Any:
         yield opened
 
 
-def run(live: Any, trace: Trace, log: Path, cases: list[Case], repeats: int = 2) -> Validation:
+def run(
+    live: Any, trace: Trace, log: Path, cases: list[Case], repeats: int = 2, profile: str = "rtx4090"
+) -> Validation:
     how = EXECUTIONS["overlapped"]
     workload = trace.workload("block").tiled(live.sizes.num_layers)
-    machine = load_hardware("rtx4090")
+    machine = load_hardware(profile)
     first = Session(live, Case("all-host", 0, None).choice(live, how, workload, machine), machine="here", seed=0)
     source = ForcedSource(first, trace, [0], 10)
     return validate(live, source, cases, how, machine, log, machine="here", repeats=repeats, seed=0)
@@ -158,6 +160,8 @@ def test_every_policy_is_decided_alike_whatever_it_wants_to_know(trace: Trace, t
     cases = grid(["gain", "freetoken-hybrid", "fiddler", "finemoe", "pre-gated"], [32], [1], 256, predictor="oracle")
     with dummy_model(TINY, CPU, 2, seed=0) as live:
         found = run(live, trace, tmp_path / "log.jsonl", cases, repeats=1)
+        with pytest.raises(InputError, match="another setting"):
+            run(live, trace, tmp_path / "log.jsonl", cases, repeats=1, profile="rtx4060-laptop")
     assert [one.num_differences for one in found.rows] == [0] * len(cases)
 
 

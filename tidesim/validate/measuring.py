@@ -143,10 +143,17 @@ def validate(
     if {choice.execution.context for choice in choices.values()} != {workload.context}:
         raise InputError("the plan runs in the other context than the grid; give --execution as the plan has it.")
     simulated = {label: predict(live, workload, hardware, choice) for label, choice in choices.items()}
-    setting = {"machine": machine, "model": live.sizes.name, "routing": workload.fingerprint, "seed": seed}
-    log = Log(
-        log_file, setting | {"num_forwards": workload.num_forwards, "execution": choices[cases[0].label].execution.name}
-    )
+    setting = {
+        "machine": machine,
+        "model": live.sizes.name,
+        "routing": workload.fingerprint,
+        "seed": seed,
+        "num_forwards": workload.num_forwards,
+        "execution": choices[cases[0].label].execution.name,
+    }
+    if not all(choice.policy.is_routing_only for choice in choices.values()):
+        setting["decided_by"] = hardware.fingerprint  # with another profile they run otherwise
+    log = Log(log_file, setting)
 
     def measure(case: Case, decisions: Callable[[Decision], None] | None = None) -> RunResult:
         return source.run(Session(live, choices[case.label], machine=machine, seed=seed, decisions=decisions))
