@@ -11,6 +11,7 @@ import yaml
 from tidesim import cli
 from tidesim.moe import read_hf_config
 from tidesim.planner import Plan
+from tidesim.policies import POLICIES
 from tidesim.result import PARTS, RESOURCES
 from tidesim.shipped import find_shipped
 from tidesim.synthesize import synthesize
@@ -121,6 +122,30 @@ def test_without_a_budget_the_largest_that_fits_is_taken(run: Run, base: tuple[s
     assert run(*base, "--policy", "static", "--budget", fits + 1, "--ignore-memory")[0] == 0
 
 
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "all-device"])
+def test_every_policy_can_be_simulated_by_name(run: Run, base: tuple[str, ...], name: str) -> None:
+    code, out, err = run(*base, "--policy", name, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["policy"], result["hardware"]) == (name, "rtx4090")
+    assert result["refresh_interval"] == (4 if name in ("tide", "tide-as-coded", "rlx") else None)
+
+
+def test_policies_learn_from_the_trace_itself_unless_another_is_named(run: Run, base: tuple[str, ...]) -> None:
+    words = (*base, "--policy", "static", "--budget", 32, "--json")
+    hits = [json.loads(run(*words, *more)[1])["hits"] for more in ((), ("--corpus", "llada2.0-mini-synthetic"))]
+    assert hits[0] > hits[1]
+
+
+def test_who_foretells_can_be_chosen(run: Run, base: tuple[str, ...]) -> None:
+    words = (*base, "--policy", "pre-gated", "--budget", 128, "--json")
+    rates = [json.loads(run(*words, "--predictor", how)[1])["hit_rate"] for how in ("previous", "oracle")]
+    assert rates[0] < 0.8 < rates[1]
+    code, _, err = run(*words, "--predictor", "look-ahead")
+    assert code == 2
+    assert "--lookahead" in err
+
+
 @pytest.fixture
 def bad_profile(tmp_path: Path) -> Callable[[Callable[[dict[str, dict[str, object]]], object]], Path]:
     def write(change: Callable[[dict[str, dict[str, object]]], object]) -> Path:
@@ -172,6 +197,8 @@ def test_a_bad_profile_names_file_field_and_rule(
         (("--policy", "tide", "--budget", "8,8"), "one for each"),
         (("--policy", "tide", "--budget", 8, "--refresh-interval", 0), "refresh_interval"),
         (("--policy", "static", "--budget", 8, "--refresh-interval", 4), "refresh_interval"),
+        (("--policy", "lru", "--budget", 8, "--predictor", "oracle"), "takes no 'predictor'"),
+        (("--policy", "pre-gated", "--budget", 8, "--predictor", "oracel"), "did you mean 'oracle'"),
         (("--policy", "static", "--budget", 8, "--execution", "overlaped"), "did you mean 'overlapped'"),
         (("--policy", "static", "--budget", 8, "--weight-bits", 5), "weight_bits"),
         (("--policy", "static", "--budget", 8, "--hardware", "rtx4080"), "did you mean"),

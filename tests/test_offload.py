@@ -33,12 +33,14 @@ from tidesim.residency import Moves, Placement
 from tidesim.result import Decision
 from tidesim.trace import Trace, TraceWriter
 from tidesim.validate.measuring import predict
-from tidesim.workload import ForwardKind
+from tidesim.workload import ForwardKind, Workload
 
 B, MASK, END = 8, 2, 0
 E, L = SMALL.num_experts, SMALL.num_hidden_layers - SMALL.first_k_dense_replace
 HF_CONFIG = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__} | {"block_length": B}
 POPULARITY = np.random.default_rng(0).integers(1, 100, (L, E))
+RTX4090 = load_hardware("rtx4090")
+SLOW_HOST = RTX4090.replace_figure("host.bf16_gflops", 0.2)  # two rows take about as long as copy and run
 PROMPTS = [[11, 50, 70, 33, 90], list(range(20, 39))]
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -136,8 +138,17 @@ def test_text_never_depends_on_where_experts_live_and_decisions_are_the_simulato
                 assert_same_routing(one.routings, other.routings)
             else:
                 assert_same_routing(one.routings, denoising(other), num_rows=B)
+    workload = recorded(found, tmp_path / "live.h5", execution)
+    result, predicted = predict(live, workload, RTX4090, by_hand(made(), budget, execution, live))
+    assert decisions == predicted
+    assert (offload.hits, offload.misses) == (result.hits, result.misses)
+    assert (offload.promotions, offload.evictions) == (result.promotions, result.evictions)
+
+
+def recorded(found: Sequence[Generation], path: Path, execution: Execution) -> Workload:
+    """What was run, as a simulator sees it."""
     with TraceWriter(
-        tmp_path / "live.h5",
+        path,
         config=HF_CONFIG,
         model_name="small",
         block_length=B,
@@ -148,12 +159,59 @@ def test_text_never_depends_on_where_experts_live_and_decisions_are_the_simulato
     ) as writer:
         for one in found:
             writer.append(one.sequence_routing())
-    with Trace.open(tmp_path / "live.h5") as trace:
-        again = by_hand(made(), budget, execution, live)
-        result, predicted = predict(live, trace.workload(execution.context), load_hardware("rtx4090"), again)
-    assert decisions == predicted
-    assert (offload.hits, offload.misses) == (result.hits, result.misses)
-    assert (offload.promotions, offload.evictions) == (result.promotions, result.evictions)
+    with Trace.open(path) as trace:
+        return trace.workload(execution.context)
+
+
+# Those that decide by predicted times, made with a corpus.
+BY_TIMES: dict[str, Callable[[Workload], Policy]] = {
+    "gain": lambda corpus: policy("gain", corpus=corpus),
+    "freetoken-hybrid": lambda corpus: policy("freetoken-hybrid"),
+    "fiddler": lambda corpus: policy("fiddler", popularity=POPULARITY, mode="published"),
+    "daop": lambda corpus: policy("daop", popularity=POPULARITY, mode="published"),
+}
+
+
+@pytest.mark.parametrize("live", ["cpu", "emulated"], indirect=True)
+@pytest.mark.parametrize("execution", executions()[:2], ids=["background", "blocking"])
+@pytest.mark.parametrize("make", BY_TIMES.values(), ids=BY_TIMES)
+def test_policies_that_decide_by_predicted_times_decide_as_in_the_simulator(
+    live: LiveModel,
+    expected: list[Generation],
+    tmp_path: Path,
+    make: Callable[[Workload], Policy],
+    execution: Execution,
+) -> None:
+    """The engine's tables of times reach further than the simulator's, whose longest forward is known."""
+    corpus = recorded(expected[:1], tmp_path / "corpus.h5", execution)
+    by_profile = []
+    for number, profile in enumerate((RTX4090, SLOW_HOST)):
+        choice = by_hand(make(corpus), (5, 20), execution, live, profile)
+        decisions: list[Decision] = []
+        with live.start(*choice[:3], decisions.append, costs=choice.costs(live, max_rows=100)) as offload:
+            found = answers(live, offload)
+        assert [one.tokens for one in found] == [one.tokens for one in expected]
+        again = by_hand(make(corpus), (5, 20), execution, live, profile)
+        workload = recorded(found, tmp_path / f"{number}.h5", execution)
+        result, predicted = predict(live, workload, profile, again)
+        assert decisions == predicted
+        assert (offload.hits, offload.promotions, offload.drops) == (result.hits, result.promotions, result.drops)
+        by_profile.append(decisions)
+    assert by_profile[0] != by_profile[1]
+
+
+def test_policies_that_decide_by_predicted_times_need_a_profile(live: LiveModel) -> None:
+    def made() -> Policy:
+        return policy("fiddler", popularity=POPULARITY, mode="published")
+
+    with pytest.raises(InputError, match=r"'fiddler-as-published' decides by predicted times.*--hardware PROFILE"):
+        by_hand(made(), 9, EXECUTIONS["overlapped"], live)
+    choice = by_hand(made(), 9, EXECUTIONS["overlapped"], live, RTX4090)
+    with (
+        live.start(*choice[:3], costs=choice.costs(live, max_rows=B)) as offload,
+        pytest.raises(InputError, match=r"tokens\(=16\) rows.*max_rows\(=8\)"),
+    ):
+        answers(live, offload, [PROMPTS[1]])
 
 
 def test_slots_hold_the_experts_that_the_map_says(live: LiveModel, folder: Path) -> None:
@@ -162,19 +220,18 @@ def test_slots_hold_the_experts_that_the_map_says(live: LiveModel, folder: Path)
         with live.start(made, [11] * L, execution) as offload:
             answers(live, offload)
             for layer in range(L):
-                resident = np.flatnonzero(offload.slots[layer] >= 0)
-                np.testing.assert_array_equal(resident, np.flatnonzero(offload.residency.is_resident(layer)))
-                assert len(set(offload.slots[layer][resident])) == len(resident)
+                slots = offload.slots.of[layer]
+                resident = np.flatnonzero(slots >= 0)
+                np.testing.assert_array_equal(resident, np.flatnonzero(offload.slots.residency.is_resident(layer)))
+                assert len(set(slots[resident])) == len(resident)
                 assert len(resident) <= 11 or made.scope == "network"
-            slabs, slots = offload.backend.slabs, offload.slots
+            slabs, places = offload.backend.slabs, list(offload.slots.places())
         # Closed, hence every copy is done.
         checkpoint = Checkpoint(folder)
-        for layer in range(L):
-            weights = expert_weights(checkpoint, SMALL, SMALL.first_k_dense_replace + layer)
-            for expert in np.flatnonzero(slots[layer] >= 0).tolist():
-                stored = torch.cat([matrix.flatten() for matrix in weights[expert]])
-                slab = slabs[0] if made.scope == "network" else slabs[layer]
-                assert torch.equal(slab[slots[layer][expert]].to(stored.dtype), stored)
+        weights = [expert_weights(checkpoint, SMALL, SMALL.first_k_dense_replace + layer) for layer in range(L)]
+        for layer, expert, slab, slot in places:
+            stored = torch.cat([matrix.flatten() for matrix in weights[layer][expert]])
+            assert torch.equal(slabs[slab][slot].to(stored.dtype), stored)
 
 
 def test_text_does_not_depend_on_the_number_of_threads(folder: Path) -> None:

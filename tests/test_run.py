@@ -235,15 +235,54 @@ def test_running_out_of_memory_leaves_the_text_so_far_and_says_so(monkeypatch: p
     assert len(done.stdout) > 10
 
 
+def test_a_policy_that_decides_by_predicted_times_runs_and_the_simulator_decides_the_same(tmp_path: Path) -> None:
+    shared = ("--policy", "gain", "--budget", 32, "--hardware", "rtx4090", "--corpus", "llada2-tiny", "--json")
+    ran = invoke(
+        "run", *shared, "--device", "cpu", "--prompt", "def f(x):\n", "--gen-length", 40,
+        "--record", tmp_path / "live.h5", "--decisions", tmp_path / "live.jsonl",
+    )  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.stdout)["promotions"] > 0
+    words = ("--trace", tmp_path / "live.h5", "--execution", "emulated", "--decisions", tmp_path / "paper.jsonl")
+    done = invoke("simulate", *shared, *words)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "paper.jsonl").read_text() == (tmp_path / "live.jsonl").read_text()
+
+
+def test_an_oracle_knows_the_routing_that_is_forced() -> None:
+    words = ("run", "--policy", "pre-gated", "--budget", 256, "--device", "cpu", "--routing", "llada2-tiny", "--json")
+    done = invoke(*words, "--sequences", 1, "--predictor", "oracle")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["hit_rate"] == 0.75  # all but the first of four layers are foretold
+
+
+def test_a_corpus_of_other_experts_is_refused(tmp_path: Path) -> None:
+    from hand_made import decode, writer
+
+    with writer(tmp_path / "other.h5") as out:
+        out.append(decode(np.random.default_rng(0), prompt_tokens=9, steps=[2])[0])
+    words = ("--hardware", "rtx4090", "--corpus", tmp_path / "other.h5", "--device", "cpu")
+    for name, said in (("static", "popularity has shape [4, 16]"), ("gain", "the corpus counts [4, 16] experts")):
+        done = invoke("run", "--policy", name, "--budget", 9, *words)
+        assert isinstance(done.exception, InputError), done.output
+        assert said in str(done.exception)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "nothing says who is on the device"),
         (["--plan", "no.json", "--policy", "lru"], "not both"),
+        (["--plan", "no.json", "--corpus", "llada2-tiny"], "not both"),
         (["--plan", "no-such.json"], "cannot be read"),
         (["--policy", "lru", "--budget", "300"], "must be in 0"),
         (["--policy", "lru", "--budget", "1,2"], "budget has 2 numbers"),
         (["--policy", "static"], "who is popular"),
+        (["--policy", "gain"], "--corpus TRACE"),
+        (["--policy", "gain", "--corpus", "llada2-tiny"], "--hardware PROFILE"),
+        (["--policy", "freetoken-hybrid"], "--hardware PROFILE"),
+        (["--policy", "pre-gated", "--predictor", "oracle"], "--routing TRACE"),
+        (["--policy", "pre-gated", "--predictor", "look"], "no predictor 'look'"),
         (["--policy", "lru", "--device", "gpu"], "no device 'gpu'"),
         (["--policy", "lru", "--device", "accelerator"], "sees no accelerator"),
         (["--policy", "lru", "--execution", "tide-as-coded"], "the engine cannot run"),

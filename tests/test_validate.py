@@ -28,6 +28,7 @@ from tidesim.validate import (
     checked_profile,
     default_grid,
     grid,
+    predict,
     read_grid,
     validate,
 )
@@ -46,6 +47,8 @@ def test_a_grid_leaves_out_what_makes_no_sense() -> None:
         *(Case("tide", budget, interval) for budget in (8, 16) for interval in (1, 4)),
     ]
     assert [case.label for case in cases[:1] + cases[-1:]] == ["all-host B=0", "tide τ=4 B=16"]
+    foretold = grid(["pre-gated", "rlx"], [8], [1, 4], 32, predictor="oracle")
+    assert [case.label for case in foretold] == ["pre-gated, oracle B=8", "rlx τ=1 B=8", "rlx τ=4 B=8"]
     assert len(default_grid(256)) >= 24
     assert len(set(default_grid(256))) == len(default_grid(256))
 
@@ -55,7 +58,7 @@ def test_a_grid_leaves_out_what_makes_no_sense() -> None:
     [
         ("nonsense", "must be JSON"),
         ('{"policies": ["lru"]}', "must be JSON"),
-        ('{"policies": ["lfu"], "budgets": [8], "intervals": [1]}', "no policy 'lfu'"),
+        ('{"policies": ["lfo"], "budgets": [8], "intervals": [1]}', "no policy 'lfo'"),
         ('{"policies": ["lru"], "budgets": [8.5], "intervals": [1]}', "whole numbers"),
         ('{"policies": ["lru"], "budgets": [300], "intervals": [1]}', r"in 0\.\.256"),
         ('{"policies": ["lru"], "budgets": [8], "intervals": [0]}', ">= 1"),
@@ -113,12 +116,14 @@ def trace() -> Any:
         yield opened
 
 
-def run(live: Any, trace: Trace, log: Path, cases: list[Case], repeats: int = 2) -> Validation:
+def run(
+    live: Any, trace: Trace, log: Path, cases: list[Case], repeats: int = 2, profile: str = "rtx4090"
+) -> Validation:
     how = EXECUTIONS["overlapped"]
     workload = trace.workload("block").tiled(live.sizes.num_layers)
-    first = Session(live, Case("all-host", 0, None).choice(live, how, workload), machine="here", seed=0)
+    machine = load_hardware(profile)
+    first = Session(live, Case("all-host", 0, None).choice(live, how, workload, machine), machine="here", seed=0)
     source = ForcedSource(first, trace, [0], 10)
-    machine = load_hardware("rtx4090")
     return validate(live, source, cases, how, machine, log, machine="here", repeats=repeats, seed=0)
 
 
@@ -151,6 +156,29 @@ def test_a_grid_is_measured_simulated_and_decided_alike(trace: Trace, tmp_path: 
     assert {"measured_dense_s", "predicted_host_wait_s"} <= set(lines[0])
 
 
+def test_every_policy_is_decided_alike_whatever_it_wants_to_know(trace: Trace, tmp_path: Path) -> None:
+    cases = grid(["gain", "freetoken-hybrid", "fiddler", "finemoe", "pre-gated"], [32], [1], 256, predictor="oracle")
+    with dummy_model(TINY, CPU, 2, seed=0) as live:
+        found = run(live, trace, tmp_path / "log.jsonl", cases, repeats=1)
+        with pytest.raises(InputError, match="another setting"):
+            run(live, trace, tmp_path / "log.jsonl", cases, repeats=1, profile="rtx4060-laptop")
+    assert [one.num_differences for one in found.rows] == [0] * len(cases)
+
+
+def test_a_policy_decides_by_the_profile_that_it_was_given_whatever_the_machine_is_like(trace: Trace) -> None:
+    machine, other = load_hardware("rtx4090"), load_hardware("rtx4060-laptop")
+    workload = trace.workload("block", [0]).tiled(2).first(12)
+    how, case = EXECUTIONS["overlapped"], Case("gain", 32, None)
+    with dummy_model(TINY, CPU, 2, seed=0) as live:
+        choice, changed = (case.choice(live, how, workload, profile) for profile in (machine, other))
+        result, decisions = predict(live, workload, machine, choice)
+        same, alike = predict(live, workload, other, choice)
+        _, different = predict(live, workload, other, changed)
+    assert alike == decisions != different
+    assert same.makespan_ns != result.makespan_ns
+    assert (result.hardware, same.hardware) == ("rtx4090", "rtx4060-laptop")
+
+
 def test_a_log_of_another_setting_is_refused(trace: Trace, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     with dummy_model(TINY, CPU, 1, seed=0) as live:
@@ -165,19 +193,19 @@ def test_a_log_of_another_setting_is_refused(trace: Trace, tmp_path: Path) -> No
 
 
 def test_the_command_writes_table_and_picture(tmp_path: Path) -> None:
-    (tmp_path / "grid.json").write_text('{"policies": ["lru", "all-host"], "budgets": [64], "intervals": [1]}')
+    (tmp_path / "grid.json").write_text('{"policies": ["pre-gated", "all-host"], "budgets": [64], "intervals": [1]}')
     words = ["validate", "--out", tmp_path / "out", "--hardware", "rtx4090", "--grid", tmp_path / "grid.json"]
-    words += ["--device", "cpu", "--limit", 1, "--gen-length", 32, "--repeats", 1]
+    words += ["--device", "cpu", "--limit", 1, "--gen-length", 32, "--repeats", 1, "--predictor", "oracle"]
     done = CliRunner().invoke(app, [str(word) for word in [*words, "--json"]])
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
-    assert document["num_cases"] == 2
+    assert [one["case"] for one in document["rows"]] == ["pre-gated, oracle B=64", "all-host B=0"]
     assert document["num_differences"] == 0
     assert document["trace_origin"] == "recorded"
     assert (tmp_path / "out" / "validation.png").read_bytes().startswith(b"\x89PNG")
     shown = CliRunner().invoke(app, [str(word) for word in words])
     assert "Kendall's tau" in shown.stdout
-    assert "lru B=64" in shown.stdout
+    assert "all-host B=0" in shown.stdout
 
 
 def test_a_profile_that_does_not_predict_a_real_step_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

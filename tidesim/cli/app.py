@@ -12,10 +12,9 @@ import typer
 
 from tidesim.errors import InputError
 from tidesim.execution import EXECUTIONS, GIB, Execution, execution
-from tidesim.planner.runs import REFRESHING
-from tidesim.policies import Policy, policy
+from tidesim.policies import Policy, parameters_of
+from tidesim.policies.knowledge import PREDICTORS, Knowledge
 from tidesim.result import Decision, tool_version
-from tidesim.workload import Workload
 
 DEFAULT_TRACE = "llada2.0-mini-synthetic.h5"
 DEFAULT_INTERVAL = 4
@@ -78,6 +77,14 @@ IntervalOption = Annotated[
         help=f"Denoising steps between refreshes; {DEFAULT_INTERVAL} for policies that refresh.",
     ),
 ]
+PredictorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--predictor",
+        help=f"Who foretells the experts of later layers, for policies that go by that: {', '.join(PREDICTORS)}; "
+        f"{PREDICTORS[0]} (the forward before) if left out. The oracle knows the trace beforehand.",
+    ),
+]
 TimelineOption = Annotated[Path | None, typer.Option("--timeline", help="Write who ran when, for Perfetto.")]
 DecisionsOption = Annotated[
     Path | None, typer.Option("--decisions", help="Write every promotion and eviction, one line a layer.")
@@ -114,18 +121,16 @@ def chosen_execution(name: str, context: ContextChoice | None) -> Execution:
     return replace(how, name=f"{how.name} {'with' if is_cached else 'without'} KV cache", kv_cache=is_cached)
 
 
-def chosen_policy(name: str, refresh_interval: int | None, workload: Workload | None) -> Policy:
-    """The policy called `name`; the static one goes by the popularity in `workload`."""
+def chosen_policy(name: str, refresh_interval: int | None, predictor: str | None, knowledge: Knowledge) -> Policy:
+    """The policy called `name`, with what it asks for of what is known."""
     params: dict[str, Any] = {}
-    if name == "static":
-        if workload is None:
-            raise InputError("policy 'static' needs to know who is popular; plan with it, and give --plan FILE.")
-        params["popularity"] = workload.counts.sum(axis=0)
     if refresh_interval is not None:
         params["refresh_interval"] = refresh_interval
-    elif name in REFRESHING:
+    elif "refresh_interval" in parameters_of(name):
         params["refresh_interval"] = DEFAULT_INTERVAL
-    return policy(name, **params)
+    if predictor is not None:
+        params["predictor"] = predictor
+    return knowledge.make(name, params)
 
 
 def numbers(text: str, name: str) -> int | list[int]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -16,6 +16,7 @@ from tidesim.cli.app import (
     IntervalOption,
     JsonFlag,
     OverwriteFlag,
+    PredictorOption,
     SeedOption,
     TimelineOption,
     app,
@@ -24,13 +25,14 @@ from tidesim.cli.app import (
     numbers,
 )
 from tidesim.errors import InputError
-from tidesim.execution import GIB, execution
+from tidesim.execution import GIB, Execution, execution
 from tidesim.hardware import Hardware, load_hardware
 from tidesim.planner import Plan
-from tidesim.policies import POLICIES
+from tidesim.policies import POLICIES, policy
+from tidesim.policies.knowledge import PREDICTORS, Knowledge
 from tidesim.report import save_timeline, save_validation
 from tidesim.shipped import find_shipped
-from tidesim.trace import Trace
+from tidesim.trace import Trace, Workload
 
 if TYPE_CHECKING:
     from tidesim.engine.calibrate import Settings
@@ -65,6 +67,16 @@ DummyOption = Annotated[
 LayersOption = Annotated[int | None, typer.Option("--layers", help="MoE layers of --dummy-weights; default: all.")]
 RoutingOption = Annotated[
     str | None, typer.Option("--routing", help="Run the recorded forwards of this trace, with its choice of experts.")
+]
+CorpusOption = Annotated[
+    str | None, typer.Option("--corpus", help="Trace that policies learn from: who is popular, what comes next.")
+]
+DecidingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware",
+        help="Machine profile by whose predicted times policies decide that do, such as gain: path or name.",
+    ),
 ]
 SequencesOption = Annotated[int | None, typer.Option("--sequences", help="The first so many sequences of --routing.")]
 
@@ -135,6 +147,9 @@ def run(
     ] = None,
     budget: BudgetOption = None,
     refresh_interval: IntervalOption = None,
+    hardware: DecidingOption = None,
+    corpus: CorpusOption = None,
+    predictor: PredictorOption = None,
     execution_name: ExecutionOption = "overlapped",
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompts: PromptsOption = None,
@@ -169,7 +184,11 @@ def run(
     sampler = Sampler(gen_length=gen_length, steps=steps, threshold=threshold, temperature=temperature)
     requests = [Prompt(text=prompt)] if prompt is not None else read_prompts(prompts, limit, chat)
     with _model(model, dummy_weights, layers, settings, seed) as live, decisions_file(decisions) as write_decision:
-        choice = _choice(live, plan, policy_name, budget, refresh_interval, execution_name)
+        asked = _Asked(policy_name, budget, refresh_interval, hardware, corpus, predictor)
+        if plan is not None:
+            choice = _planned(live, plan, asked)
+        else:
+            choice = _by_hand(live, asked, execution(execution_name), routing, sequences)
         session = Session(
             live, choice, machine=machine, seed=seed, decisions=write_decision, is_detailed=timeline is not None
         )
@@ -238,6 +257,9 @@ def validate(
     grid: Annotated[
         Path | None, typer.Option("--grid", help='JSON: {"policies": [...], "budgets": [...], "intervals": [...]}.')
     ] = None,
+    predictor: Annotated[
+        str, typer.Option(help=f"Who foretells experts to policies of the grid that ask: {', '.join(PREDICTORS)}.")
+    ] = PREDICTORS[0],
     prompts: PromptsOption = None,
     limit: LimitOption = None,
     gen_length: GenLengthOption = 128,
@@ -257,6 +279,7 @@ def validate(
 ) -> None:
     """Measure a grid of choices on this machine, simulate each on the same routing, and set both side by side."""
     with engine_extra():
+        from tidesim.engine.choice import by_hand
         from tidesim.engine.generate import Sampler
         from tidesim.engine.session import Session
         from tidesim.engine.tokenizer import read_prompts
@@ -268,7 +291,7 @@ def validate(
     profile = _profile(hardware, settings, dummy_weights or model, out, seed)
     with _model(model, dummy_weights, layers, settings, seed) as live, ExitStack() as stack:
         num_experts, how = live.sizes.num_experts, execution(execution_name)
-        first = Session(live, _choice(live, None, "all-host", "0", None, execution_name), machine=machine, seed=seed)
+        first = Session(live, by_hand(policy("all-host"), 0, how, live), machine=machine, seed=seed)
         source: ForcedSource | PromptSource
         if routing is not None:
             opened = stack.enter_context(Trace.open(routing))
@@ -277,7 +300,7 @@ def validate(
             requests = read_prompts(prompts, limit, is_chat=False)
             folder, sampler = find_shipped("models", model), Sampler(gen_length=gen_length)
             source = PromptSource(first, folder, requests, sampler, out / "routing.h5")
-        cases = default_grid(num_experts) if grid is None else read_grid(grid, num_experts)
+        cases = default_grid(num_experts) if grid is None else read_grid(grid, num_experts, predictor)
         validation = run_validation(
             live,
             source,
@@ -370,24 +393,43 @@ def _model(
         return dummy_model(find_shipped("models", dummy_weights), settings, layers, seed)
 
 
-def _choice(
-    live: "LiveModel",
-    plan: Path | None,
-    policy_name: str | None,
-    budget: str | None,
-    refresh_interval: int | None,
-    execution_name: str,
-) -> "Choice":
-    from tidesim.engine.choice import by_hand, planned
+class _Asked(NamedTuple):
+    """What the options say of who is on the device; None where they say nothing."""
 
-    if plan is not None:
-        if policy_name is not None or budget is not None or refresh_interval is not None:
-            raise InputError("a plan says policy, budget and interval itself; give --plan or --policy, not both.")
-        return planned(Plan.load(plan), live)
-    if policy_name is None:
+    policy: str | None
+    budget: str | None
+    refresh_interval: int | None
+    hardware: str | None
+    corpus: str | None
+    predictor: str | None
+
+
+def _planned(live: "LiveModel", plan: Path, asked: _Asked) -> "Choice":
+    from tidesim.engine.choice import planned
+
+    if any(option is not None for option in asked):
+        raise InputError("a plan says policy, budget and all else itself; give --plan or --policy, not both.")
+    return planned(Plan.load(plan), live)
+
+
+def _by_hand(live: "LiveModel", asked: _Asked, how: Execution, routing: str | None, sequences: int | None) -> "Choice":
+    from tidesim.engine.choice import by_hand
+
+    if asked.policy is None:
         raise InputError("nothing says who is on the device; give --plan FILE, or --policy NAME and --budget N.")
-    if budget is None:
-        slots: int | list[int] = live.sizes.num_experts
-    else:
-        slots = numbers(budget, "budget")
-    return by_hand(chosen_policy(policy_name, refresh_interval, None), slots, execution(execution_name), live)
+
+    def counted(trace: str | None, number: int | None = None) -> Workload | None:
+        """The first `number` sequences of a trace as this model would run them."""
+        if trace is None:
+            return None
+        with Trace.open(trace) as opened:
+            chosen = range(len(opened.sequences))[:number]
+            workload = opened.workload(how.context, chosen, has_lookahead=opened.has_lookahead)
+        return workload.tiled(live.sizes.num_layers)
+
+    is_foretold = asked.predictor not in (None, PREDICTORS[0])
+    knowledge = Knowledge(workload=counted(routing, sequences) if is_foretold else None, corpus=counted(asked.corpus))
+    made = chosen_policy(asked.policy, asked.refresh_interval, asked.predictor, knowledge)
+    slots = live.sizes.num_experts if asked.budget is None else numbers(asked.budget, "budget")
+    hardware = None if asked.hardware is None else load_hardware(asked.hardware)
+    return by_hand(made, slots, how, live, hardware)

@@ -19,6 +19,7 @@ from tidesim.cli.app import (
     JsonFlag,
     ModelOption,
     OverwriteFlag,
+    PredictorOption,
     ReserveOption,
     SeedOption,
     TimelineOption,
@@ -38,7 +39,8 @@ from tidesim.hardware import Hardware, load_hardware
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
 from tidesim.planner import plan as make_plan
 from tidesim.planner import split_sequences
-from tidesim.policies import POLICIES
+from tidesim.policies import POLICIES, Policy
+from tidesim.policies.knowledge import Knowledge
 from tidesim.report import save_comparison, save_timeline
 from tidesim.result import Interval
 from tidesim.shipped import find_shipped
@@ -98,6 +100,14 @@ def simulate(
     model: ModelOption = None,
     budget: BudgetOption = None,
     refresh_interval: IntervalOption = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            help="Trace that policies learn from (who is popular, what comes next). If left out they learn from the "
+            "very trace that is replayed, which they then know beforehand."
+        ),
+    ] = None,
+    predictor: PredictorOption = None,
     execution_name: ExecutionOption = "overlapped",
     context: ContextOption = None,
     weight_bits: WeightBitsOption = 16,
@@ -110,10 +120,17 @@ def simulate(
 ) -> None:
     """Replay a trace under one placement policy on one machine and say how long it takes, and why."""
     machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
-    workload, sizes = _workload(trace_name, model, how, weight_bits)
+    with Trace.open(trace_name) as opened:
+        sizes = _sizes(opened, model, weight_bits)
+        workload = _workload(opened, sizes, how.context)
+    learnt = workload
+    if corpus is not None:
+        with Trace.open(corpus) as opened:
+            learnt = _workload(opened, sizes, how.context)
+    made = chosen_policy(policy_name, refresh_interval, predictor, Knowledge(workload=workload, corpus=learnt))
     reserve = reserve_bytes(reserve_gib)
     if budget is None:
-        slots: int | list[int] = _default_budget(policy_name, sizes, machine, how, workload, reserve)
+        slots: int | list[int] = _default_budget(made, sizes, machine, how, workload, reserve)
     else:
         slots = numbers(budget, "budget")
     intervals: list[Interval] | None = None if timeline is None else []
@@ -122,7 +139,7 @@ def simulate(
             workload,
             sizes,
             machine,
-            chosen_policy(policy_name, refresh_interval, workload),
+            made,
             budget=slots,
             execution=how,
             seed=seed,
@@ -205,7 +222,10 @@ def compare(
         split = split_sequences(len(opened.sequences), held_out_share, seed)
         parts = (split.held_out or split.training, split.training)
         contexts: tuple[Context, ...] = ("block", "full") if own_executions else (how.context,)
-        known = {context: _both_workloads(opened, context, parts, sizes) for context in contexts}
+        known = {
+            context: (_workload(opened, sizes, context, parts[0]), _workload(opened, sizes, context, parts[1]))
+            for context in contexts
+        }
     workload, corpus = known[how.context]
     if budget is None:
         hows = [how, *(execution(name) for name in OWN_EXECUTIONS.values() if own_executions)]
@@ -234,19 +254,11 @@ def compare(
 # --- from options to values ---
 
 
-def _workload(trace_name: str, model: str | None, how: Execution, weight_bits: int) -> tuple[Workload, MoEConfig]:
-    """The trace's workload, tiled to the layers of the model whose sizes are used, and those sizes."""
-    with Trace.open(trace_name) as opened:
-        sizes = _sizes(opened, model, weight_bits)
-        return opened.workload(how.context).tiled(sizes.num_layers), sizes
-
-
-def _both_workloads(
-    opened: Trace, context: Context, parts: tuple[Sequence[int], Sequence[int]], sizes: MoEConfig
-) -> tuple[Workload, Workload]:
-    """The workloads of the sequences to compare on and of those known before, tiled to the layers of `sizes`."""
-    compared, before = (opened.workload(context, part).tiled(sizes.num_layers) for part in parts)
-    return compared, before
+def _workload(opened: Trace, sizes: MoEConfig, context: Context, sequences: Sequence[int] | None = None) -> Workload:
+    """The workload of some sequences, all by default, tiled to the layers of the model whose sizes are used, with its
+    look-ahead if it was recorded."""
+    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead)
+    return workload.tiled(sizes.num_layers)
 
 
 def _sizes(opened: Trace, model: str | None, weight_bits: int) -> MoEConfig:
@@ -255,11 +267,13 @@ def _sizes(opened: Trace, model: str | None, weight_bits: int) -> MoEConfig:
 
 
 def _default_budget(
-    policy_name: str, sizes: MoEConfig, machine: Hardware, how: Execution, workload: Workload, reserve: int | None
+    made: Policy, sizes: MoEConfig, machine: Hardware, how: Execution, workload: Workload, reserve: int | None
 ) -> int:
-    if policy_name == "all-device":
+    """The largest budget that fits beside the policy's scratch memory; whether all experts fit is asked later."""
+    if made.name == "all-device":
         return sizes.num_experts
-    return largest_budget(sizes, machine, how, workload.max_tokens, reserve)
+    scratch = made.scratch_experts(sizes.num_experts)
+    return largest_budget(sizes, machine, how, workload.max_tokens, reserve, scratch)
 
 
 def _trace_header(opened: Trace) -> dict[str, Any]:

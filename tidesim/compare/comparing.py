@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tidesim.ceiling import Ceiling, hit_ceiling, time_ceiling
-from tidesim.compare.contenders import Contender, Knowledge, contenders
+from tidesim.compare.contenders import Contender, contenders
 from tidesim.compare.warnings import warnings_about
 from tidesim.errors import BudgetError, InputError
 from tidesim.execution import EXECUTIONS, Costs, Execution, check_memory
@@ -16,6 +17,7 @@ from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.planner.candidates import distinct_intervals
 from tidesim.policies import Policy
+from tidesim.policies.knowledge import Knowledge
 from tidesim.result import RunResult
 from tidesim.simulator import simulate
 from tidesim.workers import Workers
@@ -113,15 +115,12 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Course:
-    """What all runs under one execution share."""
+    """What all runs under one execution share; `hindsight` [L, E] is what the host would take for an expert, ns."""
 
+    workload: Workload
     knowledge: Knowledge
     costs: Costs
-
-    @property
-    def workload(self) -> Workload:
-        """What is compared on."""
-        return self.knowledge.workload
+    hindsight: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -250,13 +249,9 @@ def slots_left(budget: int, scratch: int, num_layers: int) -> tuple[int, ...] | 
 def _course(workload: Workload, corpus: Workload, model: MoEConfig, hardware: Hardware, how: Execution) -> _Course:
     """What there is to know and how long things take, under one execution."""
     costs = Costs(model, hardware, how, int(workload.tokens.max()))
-    knowledge = Knowledge(
-        workload=workload,
-        corpus=corpus,
-        popularity=corpus.counts.sum(axis=0, dtype=np.int64),
-        hindsight=costs.host_expert_ns[workload.counts].sum(axis=0),
-    )
-    return _Course(knowledge=knowledge, costs=costs)
+    hindsight = costs.host_expert_ns[workload.counts].sum(axis=0)
+    knowledge = Knowledge(workload=workload, corpus=corpus)
+    return _Course(workload=workload, knowledge=knowledge, costs=costs, hindsight=hindsight)
 
 
 def _run(setting: _Setting, contender: Contender) -> _Outcome:
@@ -266,7 +261,7 @@ def _run(setting: _Setting, contender: Contender) -> _Outcome:
         if setting.is_memory_checked:
             how, most_tokens = course.costs.execution, course.workload.max_tokens
             check_memory(setting.model, setting.hardware, how, setting.budget, most_tokens, setting.reserve_bytes)
-        made = course.knowledge.make(contender)
+        made = _made(course, contender)
         scratch = made.scratch_experts(setting.model.num_experts)
         budgets = slots_left(setting.budget, scratch, setting.model.num_layers)
         if budgets is None:
@@ -276,6 +271,14 @@ def _run(setting: _Setting, contender: Contender) -> _Outcome:
     except (BudgetError, InputError) as error:
         return _Outcome(None, reason=str(error))
     return _Outcome(result, made.scope == "network", scratch, made.is_routing_only)
+
+
+def _made(course: _Course, contender: Contender) -> Policy:
+    """The contender's policy."""
+    params = dict(contender.params)
+    if params.get("popularity") == "hindsight":
+        params["popularity"] = course.hindsight
+    return course.knowledge.make(contender.policy, params)
 
 
 def _simulated(setting: _Setting, course: _Course, made: Policy, budgets: tuple[int, ...]) -> RunResult:

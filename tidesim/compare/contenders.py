@@ -1,17 +1,10 @@
 """Who is compared: each policy with the parameters, and the slots, that it is run with."""
 
-import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from tidesim.errors import InputError
-from tidesim.policies import POLICIES, Policy, policy
-from tidesim.policies.predictors import Oracle, Predictor, Previous, Recorded
-from tidesim.workload import Workload
+from tidesim.policies import POLICIES, parameters_of
 
 # References that do not use the same memory, and are no rivals.
 _NOT_RIVALS = ("all-device",)
@@ -43,7 +36,7 @@ class Contender(NamedTuple):
     ----------
     name : what its row is called.
     policy : a name in `POLICIES`.
-    params : (name, value) pairs.
+    params : (name, value) pairs; popularity "hindsight" is how long the host would take for all that an expert gets.
     family : contenders of one family differ in the refresh interval alone.
     execution : its system's own execution by name; None for the one that all share.
     """
@@ -53,49 +46,6 @@ class Contender(NamedTuple):
     params: tuple[tuple[str, Any], ...] = ()
     family: str | None = None
     execution: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Knowledge:
-    """What policies may know before they begin.
-
-    Parameters
-    ----------
-    workload : the sequences that are compared on.
-    corpus : other sequences.
-    popularity : [L, E], tokens that each expert got in the corpus.
-    hindsight : [L, E], ns that the host would take for all that an expert gets in `workload`.
-    """
-
-    workload: Workload
-    corpus: Workload
-    popularity: npt.NDArray[np.int64]
-    hindsight: npt.NDArray[np.int64]
-
-    def make(self, contender: Contender) -> Policy:
-        """The contender's policy, with what it asks for.
-
-        Raise InputError if it asks for something that nobody knows.
-        """
-        known: Mapping[str, object] = {"corpus": self.corpus, "popularity": self.popularity}
-        params = dict(contender.params)
-        if params.get("popularity") == "hindsight":
-            params["popularity"] = self.hindsight
-        if "predictor" in params:
-            params["predictor"] = self._predictor(params["predictor"])
-        for param, accepted in inspect.signature(POLICIES[contender.policy]).parameters.items():
-            if param in known and param not in params:
-                params[param] = known[param]
-            elif param not in params and accepted.default is inspect.Parameter.empty:
-                raise InputError(f"policy {contender.policy!r} needs {param!r}, which a comparison does not know.")
-        return policy(contender.policy, **params)
-
-    def _predictor(self, name: str) -> Predictor:
-        """The predictor called `name`."""
-        if name == "look-ahead":
-            assert self.workload.lookahead is not None
-            return Recorded(self.workload.lookahead)
-        return Oracle(self.workload) if name == "oracle" else Previous()
 
 
 def contenders(
@@ -118,13 +68,13 @@ def contenders(
         raise InputError(f"no policy {unknown[0]!r}; there are {', '.join(POLICIES)}.")
     found = [Contender("static, best in hindsight", "static", (("popularity", "hindsight"),))]
     for name in chosen:
-        if "refresh_interval" in inspect.signature(POLICIES[name]).parameters:
+        if "refresh_interval" in parameters_of(name):
             found += [
                 Contender(f"{name}, tau={interval}", name, (("refresh_interval", interval),), family=name)
                 for interval in intervals
             ]
-        elif "predictor" in inspect.signature(POLICIES[name]).parameters:
-            real = "look-ahead" if has_lookahead else "previous forward"
+        elif "predictor" in parameters_of(name):
+            real = "look-ahead" if has_lookahead else "previous"
             found += [Contender(f"{name}, {how}", name, (("predictor", how),)) for how in ("oracle", real)]
         else:
             found.append(Contender(name, name))

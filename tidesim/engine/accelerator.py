@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tidesim.engine import kernel
+from tidesim.engine.backend import Batch
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_backend import Worker
 from tidesim.engine.host_weights import HostWeights, expert_numel
 from tidesim.engine.model import NetworkConfig
-from tidesim.engine.offload import Batch
 from tidesim.engine.times import Span
 
 Ints = npt.NDArray[np.int64]

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tidesim.engine.live import LiveModel, engine_execution
-from tidesim.errors import BudgetError
-from tidesim.execution import GIB, DeviceMemory, Execution, execution
+from tidesim.errors import BudgetError, InputError
+from tidesim.execution import GIB, Costs, DeviceMemory, Execution, execution
+from tidesim.hardware import Hardware
 from tidesim.planner import Plan
 from tidesim.policies import Policy
 from tidesim.residency import check_budgets, per_layer
@@ -15,13 +16,19 @@ class Choice(NamedTuple):
     """Who decides, with how many slots in each MoE layer, how the engine runs, and how much memory it may take.
 
     `memory_bytes` is the device's; None: nobody said how much there is. What a plan holds in reserve there is for what
-    an engine takes beyond the planner's reckoning, so only the whole is checked.
+    an engine takes beyond the planner's reckoning, so only the whole is checked. `hardware` is the profile whose
+    predicted times the policy may decide by.
     """
 
     policy: Policy
     budgets: tuple[int, ...]
     execution: Execution
     memory_bytes: int | None
+    hardware: Hardware | None = None
+
+    def costs(self, live: LiveModel, max_rows: int) -> Costs | None:
+        """The predicted times of forwards of up to `max_rows` rows, as a simulator has them; None without a profile."""
+        return None if self.hardware is None else Costs(live.sizes, self.hardware, self.execution, max_rows)
 
     def check_memory(self, live: LiveModel, max_tokens: int) -> DeviceMemory:
         """What sequences of `max_tokens` tokens take. Raise BudgetError, with every figure, if there is not as much."""
@@ -52,13 +59,20 @@ def planned(plan: Plan, live: LiveModel) -> Choice:
     return Choice(plan.make_policy(), plan.budget, own, plan.hardware.device_memory_bytes)
 
 
-def by_hand(policy: Policy, budget: int | Sequence[int], how: Execution, live: LiveModel) -> Choice:
-    """A policy and its budget, without a plan.
+def by_hand(
+    policy: Policy, budget: int | Sequence[int], how: Execution, live: LiveModel, hardware: Hardware | None = None
+) -> Choice:
+    """A policy and its budget, without a plan; `hardware` is the profile for policies that decide by predicted times.
 
-    Raise BudgetError or InputError for budgets that do not fit the model, or an execution that the engine cannot
-    follow.
+    Raise BudgetError or InputError for budgets that do not fit the model, an execution that the engine cannot follow,
+    or a policy that needs a profile and has none.
     """
+    if hardware is None and not policy.is_routing_only:
+        raise InputError(
+            f"policy {policy.name!r} decides by predicted times; give the machine's profile, --hardware PROFILE "
+            "(`tidesim calibrate` measures one)."
+        )
     budgets = per_layer(budget, live.sizes.num_layers, "budget")
     check_budgets(budgets, live.sizes.num_experts)
     own = engine_execution(live.kind, how, kv_cache=how.kv_cache)
-    return Choice(policy, budgets, own, live.memory_bytes)
+    return Choice(policy, budgets, own, live.memory_bytes, hardware)

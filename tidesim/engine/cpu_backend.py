@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from tidesim.engine import kernel
+from tidesim.engine.backend import Batch
 from tidesim.engine.cores import Cores
 from tidesim.engine.host_weights import addresses, expert_numel, plain_memory
 from tidesim.engine.kernel import ExpertWeights
 from tidesim.engine.model import NetworkConfig
-from tidesim.engine.offload import Batch
 from tidesim.engine.times import Span
 
 Floats = npt.NDArray[np.float32]

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tidesim.engine.backend import Batch
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_backend import CpuBackend, Ints
 from tidesim.engine.drive import Drive
 from tidesim.engine.host_weights import addresses, expert_numel, plain_memory
 from tidesim.engine.model import NetworkConfig
-from tidesim.engine.offload import Batch
 
 RING = 8  # missed experts that are in memory at once: one half is read while the other is computed
 

@@ -14,11 +14,11 @@ from time import perf_counter_ns
 
 import numpy as np
 
+from tidesim.engine.backend import Batch
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_backend import CpuBackend, Floats, Ints, sleep_until
 from tidesim.engine.host_weights import HostWeights, MappedWeights
 from tidesim.engine.model import NetworkConfig
-from tidesim.engine.offload import Batch
 from tidesim.errors import InputError
 from tidesim.hardware import Hardware, Link
 

@@ -15,6 +15,7 @@ from typing import Protocol, Self
 import torch
 
 from tidesim.engine.accelerator import AcceleratorBackend, DeviceCalls
+from tidesim.engine.backend import Backend, check_execution
 from tidesim.engine.checkpoint import Checkpoint, load_without_experts, random_without_experts
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_network import on_cores
@@ -23,9 +24,9 @@ from tidesim.engine.drive import Drive
 from tidesim.engine.emulated import EmulatedBackend, Pace
 from tidesim.engine.host_weights import HostWeights, MappedWeights, check_host_memory
 from tidesim.engine.model import LLaDA2, NetworkConfig
-from tidesim.engine.offload import Backend, Offload, check_execution
+from tidesim.engine.offload import Offload
 from tidesim.errors import InputError, ModelError, nearest_name
-from tidesim.execution import EXECUTIONS, DeviceMemory, Execution
+from tidesim.execution import EXECUTIONS, Costs, DeviceMemory, Execution
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
 from tidesim.policies import Policy
 from tidesim.result import Decision
@@ -163,10 +164,11 @@ class LiveModel:
         execution: Execution,
         decisions: Callable[[Decision], None] | None = None,
         is_detailed: bool = False,
+        costs: Costs | None = None,
     ) -> Offload:
         """Fill the slots for a run under `policy`. Close the run when it is over: slots are not shared."""
         backend = self._make_backend(is_detailed)
-        return Offload(self.network, backend, policy, budgets, execution, decisions, is_detailed=is_detailed)
+        return Offload(self.network, backend, policy, budgets, execution, decisions, is_detailed, costs)
 
     def memory(self, budgets: Sequence[int], execution: Execution, max_tokens: int, scratch: int = 0) -> DeviceMemory:
         """Bytes that a run takes on the device at its peak, with sequences of `max_tokens` tokens.

@@ -85,7 +85,8 @@ class Session:
         if not all(encoded):
             raise InputError(f"prompt {[bool(ids) for ids in encoded].index(False)} is empty; give it some text.")
         longest = max(-(-(len(ids) + sampler.gen_length) // sampler.block_length) for ids in encoded)
-        memory = self.choice.check_memory(self.live, longest * sampler.block_length)
+        max_tokens = longest * sampler.block_length
+        memory = self.choice.check_memory(self.live, max_tokens)
 
         def said(number: int, tokens: list[int]) -> None:
             if on_text is not None:
@@ -95,7 +96,7 @@ class Session:
         texts, tokens = [], 0
         with (
             self._recorder(record, folder, sampler, overwrite) as writer,
-            self.live.start(*self.choice[:3], self._decisions, self._is_detailed) as offload,
+            self._started(max_tokens) as offload,
         ):
             for generation in answer(
                 self.live, offload, encoded, sampler, mask_id=codec.mask_id, end_id=codec.end_id, rng=rng, on_block=said
@@ -105,6 +106,11 @@ class Session:
                 if writer is not None:
                     writer.append(generation.sequence_routing())
             return self._outcome(offload, self.live.sizes.name, "live", tokens, texts, memory)
+
+    def _started(self, max_tokens: int) -> Offload:
+        """A run of sequences of `max_tokens` tokens, of which a forward routes all at most."""
+        costs = self.choice.costs(self.live, max_tokens)
+        return self.live.start(*self.choice[:3], self._decisions, self._is_detailed, costs)
 
     def _recorder(
         self, path: Path | None, folder: Path, sampler: Sampler, overwrite: bool
@@ -131,7 +137,7 @@ class Session:
         """
         workload = self.forced_workload(trace, sequences, num_forwards)
         memory = self.choice.check_memory(self.live, workload.max_tokens)
-        with self.live.start(*self.choice[:3], self._decisions, self._is_detailed) as offload:
+        with self._started(workload.max_tokens) as offload:
             replay_trace(self.live, offload, trace, self.choice.execution, sequences, num_forwards)
             model = f"routing of {trace.model_name} forced on {self.live.sizes.name}"
             return self._outcome(offload, model, trace.origin, workload.generated_tokens, [], memory)
@@ -144,7 +150,8 @@ class Session:
                 f"{trace.path} routes to {trace.top_k} of {trace.num_experts} experts, {sizes.name} to {sizes.top_k} "
                 f"of {sizes.num_experts}; take a trace of a model with the same experts and top-k."
             )
-        workload = trace.workload(self.choice.execution.context, sequences)
+        context = self.choice.execution.context
+        workload = trace.workload(context, sequences, has_lookahead=trace.has_lookahead)
         return workload.tiled(sizes.num_layers).first(num_forwards)
 
     def _outcome(

@@ -17,7 +17,7 @@ as published or as coded, and its tie order. Letters: L MoE layers, E experts pe
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tidesim.errors import InputError, nearest_name
 from tidesim.policies.arc import Arc
@@ -47,6 +47,7 @@ __all__ = [
     "Serving",
     "Shape",
     "forwards_of",
+    "parameters_of",
     "policy",
 ]
 
@@ -91,9 +92,7 @@ def policy(name: str, **params: object) -> Policy:
     >>> policy("tide", refresh_interval=4).refresh_interval
     4
     """
-    if name not in POLICIES:
-        raise InputError(f"no policy {name!r}; {nearest_name(name, POLICIES)}")
-    signature = inspect.signature(POLICIES[name]).parameters
+    signature = parameters_of(name)
     for param in params:
         if param not in signature:
             raise InputError(f"policy {name!r} takes no {param!r}; it takes {', '.join(signature) or 'no parameter'}.")
@@ -101,3 +100,10 @@ def policy(name: str, **params: object) -> Policy:
         if param not in params and accepted.default is inspect.Parameter.empty:
             raise InputError(f"policy {name!r} needs {param!r}; pass it to policy().")
     return POLICIES[name](**params)
+
+
+def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """What the policy called `name` is made with. Raise InputError, with the nearest name, if there is none."""
+    if name not in POLICIES:
+        raise InputError(f"no policy {name!r}; {nearest_name(name, POLICIES)}")
+    return inspect.signature(POLICIES[name]).parameters

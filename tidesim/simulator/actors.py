@@ -22,14 +22,14 @@ Expert = tuple[int, int]  # its layer, and its id there
 
 
 class Run:
-    """State and actors of one run."""
+    """State and actors of one run; `shape` is what the policy is told."""
 
     def __init__(
         self,
         workload: Workload,
         costs: Costs,
         policy: Policy,
-        budgets: tuple[int, ...],
+        shape: Shape,
         decisions: Callable[[Decision], None] | None,
         timeline: list[Interval] | None,
     ) -> None:
@@ -43,13 +43,13 @@ class Run:
         self.orders = {name: simpy.Store(self.env) for name in ("host", "h2d", "d2h")}
 
         self.scratch = policy.scratch_experts(workload.num_experts)
-        placement = policy.initial(Shape(workload.num_experts, budgets, costs))
-        self.residency = Residency(workload.num_experts, budgets, placement, is_pooled=policy.scope == "network")
+        placement = policy.initial(shape)
+        self.residency = Residency(shape.num_experts, shape.budgets, placement, is_pooled=policy.scope == "network")
         self.num_loaded = placement.num_experts
         # By layer: promoted experts on their way, each with the event of its arrival.
-        self.in_flight: list[dict[int, simpy.Event]] = [{} for _ in budgets]
+        self.in_flight: list[dict[int, simpy.Event]] = [{} for _ in shape.budgets]
 
-        self.books = Books(self.env, len(budgets), decisions, timeline)
+        self.books = Books(self.env, shape.num_layers, decisions, timeline)
 
     def play(self) -> None:
         """Run all actors until the last forward is done, and check the books against what they were made from."""

@@ -6,7 +6,7 @@ from tidesim.errors import InputError
 from tidesim.execution import Costs, Execution, check_memory
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
-from tidesim.policies import Policy
+from tidesim.policies import Policy, Shape
 from tidesim.residency import check_budgets, per_layer
 from tidesim.result import Decision, Interval, RunResult, one_or_each
 from tidesim.simulator.actors import Run
@@ -26,6 +26,7 @@ def simulate(
     timeline: list[Interval] | None = None,
     reserve_bytes: int | None = None,
     is_memory_checked: bool = True,
+    expected: Hardware | None = None,
 ) -> RunResult:
     """Run `workload` under `policy`, with the sizes of `model`, on `hardware`.
 
@@ -37,6 +38,7 @@ def simulate(
     timeline : an empty list, filled with what ran when, in order of their starts; see `result.Interval`.
     reserve_bytes, is_memory_checked : see `execution.check_memory`, which is left out if the latter is False, for
         questions about machines that do not exist.
+    expected : the profile that the policy decides by, if it does and takes the machine for another than `hardware`.
 
     Raise InputError if workload, model and execution do not fit together, BudgetError if the experts do not fit the
     machine, ValueError if the policy's moves are not possible.
@@ -47,8 +49,10 @@ def simulate(
     if is_memory_checked:
         scratch = policy.scratch_experts(model.num_experts)
         check_memory(model, hardware, execution, budgets, workload.max_tokens, reserve_bytes, scratch)
-    costs = Costs(model, hardware, execution, int(workload.tokens.max()))
-    run = Run(workload, costs, policy, budgets, decisions, timeline)
+    max_rows = int(workload.tokens.max())
+    costs = Costs(model, hardware, execution, max_rows)
+    known = costs if expected is None else Costs(model, expected, execution, max_rows)
+    run = Run(workload, costs, policy, Shape(model.num_experts, budgets, known), decisions, timeline)
     run.play()
     is_same_model = workload.model_name == model.name
     return RunResult(

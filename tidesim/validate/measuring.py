@@ -131,6 +131,7 @@ def validate(
     Parameters
     ----------
     execution : how the engine is asked to run.
+    hardware : the profile that predictions are made with, and that policies decide by that go by predicted times.
     machine : what results call the machine.
 
     Raise InputError if there is nothing to measure, or `log_file` holds measurements of another setting.
@@ -138,14 +139,21 @@ def validate(
     if not cases or repeats < 1:
         raise InputError(f"repeats(={repeats}) must be >= 1 and there must be a case to measure, not {len(cases)}.")
     workload = source.workload
-    choices = {case.label: case.choice(live, execution, workload) for case in cases}
+    choices = {case.label: case.choice(live, execution, workload, hardware) for case in cases}
     if {choice.execution.context for choice in choices.values()} != {workload.context}:
         raise InputError("the plan runs in the other context than the grid; give --execution as the plan has it.")
     simulated = {label: predict(live, workload, hardware, choice) for label, choice in choices.items()}
-    setting = {"machine": machine, "model": live.sizes.name, "routing": workload.fingerprint, "seed": seed}
-    log = Log(
-        log_file, setting | {"num_forwards": workload.num_forwards, "execution": choices[cases[0].label].execution.name}
-    )
+    setting = {
+        "machine": machine,
+        "model": live.sizes.name,
+        "routing": workload.fingerprint,
+        "seed": seed,
+        "num_forwards": workload.num_forwards,
+        "execution": choices[cases[0].label].execution.name,
+    }
+    if not all(choice.policy.is_routing_only for choice in choices.values()):
+        setting["decided_by"] = hardware.fingerprint  # with another profile they run otherwise
+    log = Log(log_file, setting)
 
     def measure(case: Case, decisions: Callable[[Decision], None] | None = None) -> RunResult:
         return source.run(Session(live, choices[case.label], machine=machine, seed=seed, decisions=decisions))
@@ -198,7 +206,11 @@ def validate(
 def predict(
     live: LiveModel, workload: Workload, hardware: Hardware, choice: Choice
 ) -> tuple[RunResult, list[Decision]]:
-    """What the simulator says of a choice on this routing, and what it decides."""
+    """What the simulator says of a choice on this routing if the machine is as `hardware` says, and what it decides.
+
+    A policy that decides by predicted times takes them from the choice's own profile, if it has one, as the engine
+    does.
+    """
     decisions: list[Decision] = []
     result = simulate(
         workload,
@@ -209,6 +221,7 @@ def predict(
         execution=choice.execution,
         decisions=decisions.append,
         is_memory_checked=False,
+        expected=choice.hardware,
     )
     return result, decisions
 
