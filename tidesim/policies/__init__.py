@@ -52,13 +52,13 @@ __all__ = [
 ]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
-    "gain": Gain,
     "all-device": all_device,
     "all-host": all_host,
     "static": static,
     "lru": lru,
     "tide": tide,
     "tide-as-coded": tide_as_coded,
+    "gain": Gain,
     "rlx": rlx,
     "lfu": lfu,
     "decayed": decayed,
