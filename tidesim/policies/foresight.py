@@ -22,6 +22,7 @@ Layers = int | slice
 
 HORIZON = 4  # forwards that are looked ahead
 FADE = 0.7  # the weight of a forward over that of the one before it
+_ALWAYS = sum(FADE**ahead for ahead in range(HORIZON))  # the worth of who is used in all of them
 _RIDGE = 1e-6  # weight decay, per row that is fitted
 _LAST_STEPS = (0, 1, 3, 7)  # denoising steps that end a situation; later ones are one more
 _NUM_SITUATIONS = 2 + len(_LAST_STEPS) + 1
@@ -32,8 +33,9 @@ class Memory:
     """What is known of every expert of every layer, and the features [N] made of it.
 
     Features: 1; whether it is used now; how much, as log(1 + its share of the rows, of 32); how often lately, fading to
-    1/2, 4/5 and 19/20 with each forward; how much lately, fading to 1/2; and the shares that used it, of this block's
-    forwards, of this sequence's, of the corpus' and of the first steps of its blocks.
+    1/2, 4/5 and 19/20 with each forward, the last in this sequence alone; how much lately, fading to 1/2; and the
+    shares that used it, of this block's forwards, of this sequence's, of the corpus' and of the first steps of its
+    blocks.
 
     Parameters
     ----------
@@ -141,7 +143,7 @@ class Foresight(Score):
     def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
         """Look ahead from here."""
         features = self._memory.see(forward, layer, counts)
-        self.table[layer] = np.maximum(features @ self._weights[situation(forward)], 0.0)
+        self.table[layer] = np.clip(features @ self._weights[situation(forward)], 0.0, _ALWAYS)
 
 
 def uses_to_come(workload: Workload) -> Floats:

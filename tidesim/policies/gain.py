@@ -153,11 +153,12 @@ class LayerWork:
         """
         costs, execution, rows = self._costs, self._costs.execution, self._counts[experts]
         alone_ns = np.array([sum(costs.alone_ns(ns)) for ns in costs.loop_ns[rows].tolist()], np.float64)
-        number = np.arange(1, len(experts) + 1)
+        ran_ns = np.cumsum(alone_ns)
         if execution.copies == "background":
-            # The last one runs when it has arrived; before, each runs while the next is on its way.
-            arrived_ns = backlog_ns + number * copy_ns + alone_ns
-            device_ns = np.maximum(arrived_ns, self.device_ns + np.cumsum(alone_ns))
+            # Each runs when it has arrived and those before it have run, while the next is on its way.
+            arrived_ns = backlog_ns + np.arange(1, len(experts) + 1) * copy_ns
+            start_ns = np.maximum.accumulate(arrived_ns - (ran_ns - alone_ns))
+            device_ns = np.maximum(self.device_ns, start_ns) + ran_ns
         else:
             device_ns = self.device_ns + np.cumsum(copy_ns + alone_ns)
         device_ns = np.concatenate([[self.device_ns], device_ns])
