@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.errors import InputError
+from tidesim.errors import InputError, nearest_name
 from tidesim.policies import POLICIES, Policy, policy
 from tidesim.policies.predictors import Oracle, Predictor, Previous, Recorded
 from tidesim.workload import Workload
@@ -86,10 +86,10 @@ def contenders(
     look-ahead of the routers if there is one, else the forward before. The best static placement in hindsight is always
     among them. Raise InputError for an unknown name.
     """
-    chosen = [name for name in POLICIES if name not in _NOT_RIVALS] if names is None else list(names)
-    unknown = [name for name in chosen if name not in POLICIES]
-    if unknown:
-        raise InputError(f"no policy {unknown[0]!r}; there are {', '.join(POLICIES)}.")
+    chosen = [name for name in POLICIES if name not in _NOT_RIVALS] if names is None else dict.fromkeys(names)
+    for name in chosen:
+        if name not in POLICIES:
+            raise InputError(f"no policy {name!r}; {nearest_name(name, POLICIES)}")
     found = [Contender("static, best in hindsight", "static", (("popularity", "hindsight"),))]
     for name in chosen:
         if "refresh_interval" in inspect.signature(POLICIES[name]).parameters:
