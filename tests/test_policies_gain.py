@@ -28,8 +28,6 @@ from tidesim.workload import ForwardKind
 DENOISE, COMMIT, PREFILL = ForwardKind.DENOISE, ForwardKind.COMMIT, ForwardKind.PREFILL
 ALL_AHEAD = 1 + FADE + FADE**2 + FADE**3  # used in each of the next forwards
 
-SLOW = {"copies_per_expert": 91}  # 91 x 10 + 300 = 1210 a copy
-
 
 def info(index=0, *, sequence=0, block=1, step=0, kind=DENOISE, tokens=3) -> ForwardInfo:
     return ForwardInfo(index, sequence, kind, block, step, False, tokens)
@@ -227,11 +225,11 @@ def test_on_a_tie_fewer_are_fetched(told) -> None:
 
 def test_where_a_copy_never_pays_nothing_moves(rng) -> None:
     # An expert of one row takes 370 on the host, and is worth at most 2.533 x 370 = 937 later: a copy of 1210 and its
-    # run of 100 never pay. With blocking copies nothing else begins one.
+    # run of 100 never pay. With blocking copies nothing else begins one. Each of its 91 parts takes 10 more.
     machine = hardware("host", bytes_per_s=0.24e9)
     tables = rng.permuted(np.tile([1, 1, 1, 1, 1, 1, 0, 0], (30, 1)), axis=1).tolist()
     made = Gain(sequences_of(tables))
-    _, result = play(tables, made, machine=machine, copies="blocking", host="serial", **SLOW)
+    _, result = play(tables, made, machine=machine, copies="blocking", host="serial", copies_per_expert=91)
     assert (result.promotions, result.drops, result.num_copies) == (0, 0, 0)
     assert result.misses > 0
 
@@ -257,8 +255,11 @@ def test_what_stays_may_cost_time_now(told) -> None:
 
 
 def test_free_slots_are_used_first(told) -> None:
+    for worth in (0.2, 2.0):
+        made = told({0: 1.0, 1: 0.25, 7: worth})
+        assert asked(made, [1, 0, 0, 0, 0, 0, 0, 0], costs_of(), residents=[7]) == Serving(Moves((0,), ()))
+    assert asked(made, [1, 1, 0, 0, 0, 0, 0, 0], costs_of(), residents=[7]) == Serving(Moves((0,), ()), drop=(1,))
     made = told({0: 1.0, 1: 0.25, 7: 0.2})
-    assert asked(made, [1, 0, 0, 0, 0, 0, 0, 0], costs_of(), residents=[7]) == Serving(Moves((0,), ()))
     assert asked(made, [1, 1, 0, 0, 0, 0, 0, 0], costs_of(), residents=[7]) == Serving(Moves((0, 1), (7,)))
     assert refreshed(made, [7]) == Moves((0,), ())
     assert refreshed(told({7: 0.2}), [7]) == NO_MOVES
@@ -285,18 +286,21 @@ def test_an_idle_link_brings_in_the_best_for_the_worst(told) -> None:
     assert made.refresh(info(), 0, np.zeros(8, np.int32), np.zeros((1, 8), np.bool_)) == NO_MOVES
 
 
-def test_a_busy_link_brings_in_nobody(told) -> None:
-    # The copy takes 1210, a layer without routed rows 1000: it is over within the second one.
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(0, [True, False, True, False, True]), (1, [True, True, True, True, True])]
+)
+def test_a_busy_link_brings_in_nobody(told, rows: int, expected: list[bool]) -> None:
+    # The copy takes 1110, a layer 1000, and 200 more if both residents have rows: it ends in the second one, or before.
     made = told({2: 1.0, 6: 0.5, 7: 2.0})
-    made.initial(Shape(8, (2,), costs_of(**SLOW)))
-    nothing, is_resident = np.zeros(8, np.int32), np.zeros((1, 8), np.bool_)
+    made.initial(Shape(8, (2,), costs_of(copies_per_expert=81)))
+    counts, is_resident = np.array([0] * 6 + [rows] * 2, np.int32), np.zeros((1, 8), np.bool_)
     is_resident[0, [6, 7]] = True
     answers = []
     for index in range(5):
-        made.observe(info(index), 0, nothing, is_resident)
-        made.serve(info(index), 0, [], nothing, is_resident)
-        answers.append(bool(made.refresh(info(index), 0, nothing, is_resident)))
-    assert answers == [True, False, True, False, True]
+        made.observe(info(index), 0, counts, is_resident)
+        made.serve(info(index), 0, [], counts, is_resident)
+        answers.append(bool(made.refresh(info(index), 0, counts, is_resident)))
+    assert answers == expected
 
 
 def test_without_predicted_times_it_cannot_decide() -> None:
@@ -400,8 +404,10 @@ def test_the_paper_clock_knows_how_long_the_link_is_busy() -> None:
     assert (paper.is_link_idle, paper.backlog_ns) == (True, 0)
     paper.pass_copy()  # now, not when the link was done
     assert paper.backlog_ns == 310
-    paper.pass_layer(310, 0)
+    paper.pass_layer(400, 0)
     assert (paper.is_link_idle, paper.backlog_ns) == (True, 0)
+    paper.pass_layer(100, 2)
+    assert paper.backlog_ns == 520
 
 
 def test_blocking_copies_leave_no_backlog_and_no_idle_link() -> None:
