@@ -169,10 +169,7 @@ def test_all_have_the_same_bytes_and_nobody_passes_the_ceiling(knowledge, change
         assert row.result.hits + row.result.misses == comparison.num_pairs
         assert row.ceiling is (comparison.pooled_ceiling if scopes[row.name] == "network" else comparison.ceiling)
     assert any(row.scratch for row in comparison.rows)
-    # Two layers of scratch memory are more than ten slots; everybody else finds room.
-    reason = "its scratch memory of 16 experts exceeds the 10 slots"
-    streaming = ("freetoken-offload", "freetoken-hybrid", "freetoken-cpu")
-    assert comparison.left_out == dict.fromkeys(streaming, reason)
+    assert not comparison.left_out
 
 
 def test_who_cannot_run_is_left_out_with_the_reason() -> None:
@@ -245,7 +242,7 @@ def busy(result, **shares):
 
 def warned(results, *, machine=None, model=TWO_LAYERS, workload=WORKLOAD, budget=8, **changes) -> tuple[str, ...]:
     costs = Costs(model, machine or toy_hardware(), replace(OVERLAPPED, **changes), 40)
-    return warnings_about(workload, costs, budget, results)
+    return warnings_about([(workload, costs)], budget, results)
 
 
 def test_there_is_nothing_to_warn_of(result) -> None:

@@ -56,6 +56,45 @@ def test_the_presets_of_our_engine_differ_where_their_devices_do():
     assert disk == replace(emulated, name="disk", home="disk", host="serial")
 
 
+def particulars(preset):
+    """What the presets of other systems differ in."""
+    copies = (preset.is_pinned, preset.copies, preset.copies_per_expert, preset.write_back)
+    return (preset.kv_cache, *copies, preset.kernels, preset.host, preset.host_calls, preset.launch)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fiddler", (True, False, "blocking", 3, False, "loop", "serial", "expert", "eager")),
+        ("mixtral-offloading", (True, True, "blocking", 1, True, "loop", "serial", "expert", "eager")),
+        ("moe-infinity", (True, True, "background", 1, False, "loop", "serial", "expert", "eager")),
+        ("ktransformers", (True, True, "blocking", 1, False, "grouped", "parallel", "layer", "stream")),
+        ("llama-cpp", (False, False, "blocking", 3, False, "grouped", "serial", "layer", "stream")),
+        ("freetoken", (True, True, "blocking", 1, False, "grouped", "parallel", "layer", "stream")),
+    ],
+)
+def test_the_presets_of_other_systems_say_what_their_sources_do(name, said):
+    assert particulars(execution(name)) == said
+
+
+def test_other_systems_have_the_ops_of_an_eager_or_of_a_fused_engine():
+    ops = ("ops_per_layer", "ops_per_dense_layer", "ops_per_expert", "ops_per_forward")
+    for name, preset in EXECUTIONS.items():
+        if name not in ("engine", "emulated", "disk"):
+            kin = execution("tide-as-coded" if preset.launch == "eager" else "overlapped")
+            assert [getattr(preset, op) for op in ops] == [getattr(kin, op) for op in ops]
+
+
+def test_copies_of_other_systems_pay_what_is_particular_to_them():
+    # One copy is 10 + 300 ns in; a victim that goes out to pinned memory is 10 + 400.
+    paid = {name: Costs(TOY, toy_hardware(), execution(name), 6) for name in EXECUTIONS}
+    assert (paid["fiddler"].promote_ns, paid["fiddler"].evict_ns) == (330, 0)
+    assert (paid["mixtral-offloading"].promote_ns, paid["mixtral-offloading"].evict_ns) == (310, 410)
+    assert (paid["moe-infinity"].promote_ns, paid["moe-infinity"].evict_ns) == (310, 0)
+    assert (paid["llama-cpp"].promote_ns, paid["llama-cpp"].evict_ns) == (330, 0)
+    assert (paid["freetoken"].promote_ns, paid["ktransformers"].evict_ns) == (310, 0)
+
+
 def test_a_disk_takes_nothing_back():
     with pytest.raises(ValueError, match=r"plain: write_back\(=True\) must be False with home 'disk'"):
         toy_execution(home="disk", write_back=True)

@@ -18,7 +18,7 @@ from tidesim.errors import BudgetError, InputError
 from tidesim.execution import Costs, device_memory
 from tidesim.hardware import Contention
 from tidesim.policies import ForwardInfo, Policy, Shape, policy
-from tidesim.policies.hybrid import daop, fiddler, freetoken_hybrid, hybrimoe
+from tidesim.policies.hybrid import daop, fiddler, freetoken_cpu, freetoken_hybrid, freetoken_offload, hybrimoe
 from tidesim.policies.pieces import LastActiveBefore
 from tidesim.policies.schedules import Balanced, LeastSum, Tariff, TwoPointers
 from tidesim.policies.splits import StreamLayer
@@ -187,11 +187,17 @@ def test_a_hit_is_a_use_for_freetoken():
 def test_freetoken_streams_who_is_absent_while_a_prompt_is_read():
     row = [0, 0, 3, 1, 0]
     for name in ("freetoken-offload", "freetoken-hybrid", "freetoken-cpu"):
-        made = policy(name)
-        assert made.scratch_experts(5) == 10
+        made = policy(name, streams_prefill=True)
+        assert made.scratch_experts(5) == 1 + 10
         log = answers(made, [2], steps_of([row], [row], [row], kinds=[PREFILL, DENOISE, COMMIT]))
         assert log[0] == Answer(NO_MOVES, (2, 3, 4), ())
         assert log[1].keep.promote == {"offload": (2, 3), "hybrid": (2,), "cpu": ()}[name.removeprefix("freetoken-")]
+
+
+def test_freetoken_may_serve_a_prompt_like_any_other_forward():
+    for name, promoted in (("freetoken-offload", (2, 3)), ("freetoken-hybrid", (2,)), ("freetoken-cpu", ())):
+        (answer,) = answers(policy(name), [2], steps_of([[0, 0, 3, 1, 0]], kinds=[PREFILL]))
+        assert (answer.keep.promote, answer.drop) == (promoted, ())
 
 
 def test_a_streamed_layer_has_residents_in_it_or_not():
@@ -203,10 +209,10 @@ def test_a_streamed_layer_has_residents_in_it_or_not():
 
 
 def test_whole_layers_of_scratch_memory_must_fit_the_device():
-    # Two layers of eight experts besides the two slots.
-    need = device_memory(TOY, toy_hardware(), toy_execution(), 2, 2 * TOY.block_length, 0, scratch=16)
+    # Two layers of eight experts, and one place, besides the two slots.
+    need = device_memory(TOY, toy_hardware(), toy_execution(), 2, 2 * TOY.block_length, 0, scratch=17)
     room = toy_hardware().device.memory_bytes - need.total
-    workload, made = toy_workload([MIXED]), policy("freetoken-offload")
+    workload, made = toy_workload([MIXED]), policy("freetoken-offload", streams_prefill=True)
     used = {"budget": 2, "execution": toy_execution()}
     assert simulate(workload, TOY, toy_hardware(), made, **used, reserve_bytes=room)
     with pytest.raises(BudgetError, match="toy needs experts"):
@@ -214,7 +220,7 @@ def test_whole_layers_of_scratch_memory_must_fit_the_device():
 
 
 def test_streamed_experts_run_as_they_arrive():
-    timeline, result = play([SWAPPED], "freetoken-cpu", kinds="p", copies="background")
+    timeline, result = play([SWAPPED], freetoken_cpu(streams_prefill=True), kinds="p", copies="background")
     assert timeline[2:] == [
         ("h2d", "promote 2", 1200, 1510),
         ("device", "expert 2", 1510, 1610),
@@ -508,6 +514,7 @@ VARIANTS = {
     "fiddler": lambda popularity: fiddler(popularity, mode="published"),
     "fiddler without host": lambda popularity: fiddler(popularity, cpu_offload=False),
     "freetoken-hybrid": lambda _: freetoken_hybrid(),
+    "freetoken-offload, streaming": lambda _: freetoken_offload(streams_prefill=True),
     "hybrimoe": lambda _: hybrimoe(mode="published"),
     "daop": lambda popularity: daop(popularity, mode="published"),
 }

@@ -245,7 +245,8 @@ def comparison_tables(document: Document) -> RenderableType:
         "trace": f"{document['trace_origin']}; compared on sequences {_ids(document['sequences'])}, "
         f"{_ids(document['corpus'])} known before",
         "machine": document["hardware"],
-        "execution": f"{document['execution']}, context {document['context']}",
+        "execution": f"{document['execution']}, context {document['context']}"
+        + (", but for systems with their own" if document["has_own_executions"] else ""),
         "budget": f"{document['budget']} experts a layer, the same bytes for all",
         "ceiling": f"no policy is faster than {ceiling['tok_per_s']:.2f} tok/s "
         f"({pooled['tok_per_s']:.2f} with slots that all layers share)",
@@ -253,14 +254,16 @@ def comparison_tables(document: Document) -> RenderableType:
     }
     parts = {"dense": "dense", "device": "device", "launch": "launch", "host_wait": "host", "copy_wait": "copies"}
     columns = ("tok/s", "of ceiling", "hits", "GB copied", *parts.values(), "link busy")
-    table = _table("Policies, by predicted throughput", left=("policy",), right=columns)
+    is_whole = document["has_own_executions"]
+    left = ("policy", "execution") if is_whole else ("policy",)
+    table = _table("Policies, by predicted throughput", left=left, right=columns)
     for row in document["rows"]:
         if row["is_best_of_family"] or row["refresh_interval"] == 1:
             shares = [100 * row["breakdown_s"][part] / row["makespan_s"] for part in parts]
             cells = [f"{row['tok_per_s']:.2f}", f"{100 * row['ceiling_share']:.0f} %", f"{100 * row['hit_rate']:.1f} %"]
             cells.append(f"{(row['h2d_bytes'] + row['d2h_bytes']) / 1e9:.0f}")
             cells += [f"{share:.0f} %" for share in (*shares, 100 * row["busy_share"]["h2d"])]
-            table.add_row(row["name"], *cells)
+            table.add_row(*([row["name"], row["execution"]] if is_whole else [row["name"]]), *cells)
     notes = [f"Note: {warning}" for warning in document["warnings"]]
     notes += [f"Left out: {name}, {reason}" for name, reason in document["left_out"].items()]
     return Group(_facts("Comparison", facts), table, "\n".join(notes))

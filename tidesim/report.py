@@ -43,8 +43,9 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 
 def save_comparison(document: Mapping[str, Any], path: Path) -> None:
-    """Draw a comparison (`Comparison.to_dict`): milliseconds a forward by policy and part, the fastest first, and the
-    ceilings as lines. Of those that refresh, every step and the best interval are shown.
+    """Draw a comparison (`Comparison.to_dict`): milliseconds a token by policy and part, the fastest first, and the
+    ceilings as lines. Of those that refresh, every step and the best interval are shown. Where systems run under their
+    own executions, each has a mark at its own ceiling instead of the lines.
 
     Raise InputError if matplotlib is not installed or the file cannot be written.
     """
@@ -52,14 +53,11 @@ def save_comparison(document: Mapping[str, Any], path: Path) -> None:
     figure = _new_figure(11, 0.3 * len(rows) + 2.5)
     axes = figure.subplots()
     for number, row in enumerate(rows):
-        _draw_bar(axes, number, row["breakdown_s"], row["num_forwards"], is_labelled=number == 0)
-    forwards = rows[0]["num_forwards"]
-    for name, style in (("ceiling", "-"), ("pooled_ceiling", ":")):
-        least_ms = 1e3 * document[name]["makespan_s"] / forwards
-        axes.axvline(least_ms, color="0.2", linestyle=style, label=name.replace("_", " "))
+        _draw_bar(axes, number, row["breakdown_s"], row["generated_tokens"], is_labelled=number == 0)
+    _draw_ceilings(axes, document, rows)
     axes.set_yticks(range(len(rows)), [f"{row['name']}  {row['tok_per_s']:.1f} tok/s" for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="ms a forward, predicted")
+    axes.set(xlabel="ms a generated token, predicted")
     axes.legend(frameon=False, fontsize=8)
     figure.suptitle(
         f"{document['model']} ({document['trace_origin']} routing) on {document['hardware']}, execution "
@@ -88,6 +86,17 @@ def save_validation(document: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def _draw_ceilings(axes: Any, document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """The bounds as lines over all bars, or a mark on each bar where they differ by execution."""
+    if document["has_own_executions"]:
+        least_ms = [1e3 * row["ceiling_share"] / row["tok_per_s"] for row in rows]
+        axes.plot(least_ms, range(len(rows)), "|", color="0.2", markersize=12, label="ceiling of its execution")
+        return
+    for name, style in (("ceiling", "-"), ("pooled_ceiling", ":")):
+        least_ms = 1e3 / document[name]["tok_per_s"]
+        axes.axvline(least_ms, color="0.2", linestyle=style, label=name.replace("_", " "))
+
+
 def _new_figure(width_in: float, height_in: float) -> Any:
     try:
         from matplotlib.figure import Figure
@@ -107,16 +116,16 @@ def _draw_bar(
     axes: Any,
     place: float,
     parts_s: Mapping[str, float],
-    num_forwards: int,
+    number: int,
     *,
     is_labelled: bool,
     height: float = 0.7,
     alpha: float = 1.0,
 ) -> None:
-    """Milliseconds a forward by part, one after another."""
+    """Milliseconds by part, one after another, of one of so many forwards or tokens that took `parts_s`."""
     left = 0.0
     for colour, part in zip(_COLOURS, PARTS, strict=False):
-        width = 1e3 * parts_s[part] / num_forwards
+        width = 1e3 * parts_s[part] / number
         label = part.replace("_", " ") if is_labelled else None
         axes.barh(place, width, height, left=left, color=colour, alpha=alpha, label=label)
         left += width

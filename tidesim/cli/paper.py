@@ -1,5 +1,6 @@
 """Commands that need no network: traces, simulation, plans."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,8 +31,9 @@ from tidesim.cli.app import (
     numbers,
     reserve_bytes,
 )
+from tidesim.compare import OWN_EXECUTIONS
 from tidesim.compare import compare as run_comparison
-from tidesim.execution import Execution, largest_budget
+from tidesim.execution import Execution, execution, largest_budget
 from tidesim.hardware import Hardware, load_hardware
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
 from tidesim.planner import plan as make_plan
@@ -44,6 +46,7 @@ from tidesim.simulator import simulate as run_simulation
 from tidesim.statistics import trace_statistics
 from tidesim.synthesize import synthesize as write_synthetic
 from tidesim.trace import Trace, Workload
+from tidesim.workload import Context
 
 
 @app.command()
@@ -186,6 +189,9 @@ def compare(
     held_out_share: Annotated[
         float, typer.Option(help="Share of the sequences to compare on; policies may know the others before.")
     ] = 0.25,
+    own_executions: Annotated[
+        bool, typer.Option("--own-executions", help="Run each other system's policy the way that system runs.")
+    ] = False,
     picture: Annotated[Path | None, typer.Option(help="Picture to write (PNG).")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes to simulate on; default: one a core.")] = None,
     seed: SeedOption = 0,
@@ -197,12 +203,13 @@ def compare(
     with Trace.open(trace_name) as opened:
         sizes = _sizes(opened, model, weight_bits)
         split = split_sequences(len(opened.sequences), held_out_share, seed)
-        chosen = split.held_out or split.training
-        workload, corpus = (
-            opened.workload(how.context, part).tiled(sizes.num_layers) for part in (chosen, split.training)
-        )
+        parts = (split.held_out or split.training, split.training)
+        contexts: tuple[Context, ...] = ("block", "full") if own_executions else (how.context,)
+        known = {context: _both_workloads(opened, context, parts, sizes) for context in contexts}
+    workload, corpus = known[how.context]
     if budget is None:
-        budget = largest_budget(sizes, machine, how, workload.max_tokens, reserve)
+        hows = [how, *(execution(name) for name in OWN_EXECUTIONS.values() if own_executions)]
+        budget = min(largest_budget(sizes, machine, one, workload.max_tokens, reserve) for one in hows)
     with console.progress("comparing") as advance:
         comparison = run_comparison(
             workload,
@@ -212,6 +219,7 @@ def compare(
             execution=how,
             budget=budget,
             names=policies,
+            by_context=known if own_executions else None,
             reserve_bytes=reserve,
             is_memory_checked=not ignore_memory,
             workers=workers,
@@ -231,6 +239,14 @@ def _workload(trace_name: str, model: str | None, how: Execution, weight_bits: i
     with Trace.open(trace_name) as opened:
         sizes = _sizes(opened, model, weight_bits)
         return opened.workload(how.context).tiled(sizes.num_layers), sizes
+
+
+def _both_workloads(
+    opened: Trace, context: Context, parts: tuple[Sequence[int], Sequence[int]], sizes: MoEConfig
+) -> tuple[Workload, Workload]:
+    """The workloads of the sequences to compare on and of those known before, tiled to the layers of `sizes`."""
+    compared, before = (opened.workload(context, part).tiled(sizes.num_layers) for part in parts)
+    return compared, before
 
 
 def _sizes(opened: Trace, model: str | None, weight_bits: int) -> MoEConfig:

@@ -11,7 +11,7 @@ from tidesim.ceiling import Ceiling, hit_ceiling, time_ceiling
 from tidesim.compare.contenders import Contender, Knowledge, contenders
 from tidesim.compare.warnings import warnings_about
 from tidesim.errors import BudgetError, InputError
-from tidesim.execution import Costs, Execution, check_memory
+from tidesim.execution import EXECUTIONS, Costs, Execution, check_memory
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.planner.candidates import distinct_intervals
@@ -19,7 +19,7 @@ from tidesim.policies import Policy
 from tidesim.result import RunResult
 from tidesim.simulator import simulate
 from tidesim.workers import Workers
-from tidesim.workload import Workload
+from tidesim.workload import Context, Workload
 
 # Refresh intervals that are tried for those that refresh.
 INTERVALS = (1, 2, 4, 8, 16, 32)
@@ -33,7 +33,8 @@ class Row:
     Parameters
     ----------
     result : its run.
-    ceiling : the bound on runs like it: with slots of each layer's own, or with slots that all layers share.
+    ceiling : the bound on runs like it: under its execution, with slots of each layer's own, or with slots that all
+        layers share.
     scratch : experts of scratch memory, which it has that much fewer slots for.
     is_best_of_family : whether no other interval of the same policy is faster.
     """
@@ -65,6 +66,8 @@ class Comparison:
     ----------
     rows : those that ran.
     left_out : why the others did not, by name.
+    execution : of all rows; with `has_own_executions`, of those that belong to no system. The bounds are for it too.
+    has_own_executions : whether the policies of other systems ran under those systems' own executions.
     ceiling, pooled_ceiling : bounds for policies with slots of each layer's own, and with slots that all layers share.
     most_hits : of any cache that is filled on demand.
     budget : slots of a layer. sequences, corpus : compared on, and known before.
@@ -73,6 +76,8 @@ class Comparison:
 
     rows: tuple[Row, ...]
     left_out: Mapping[str, str]
+    execution: Execution
+    has_own_executions: bool
     ceiling: Ceiling
     pooled_ceiling: Ceiling
     most_hits: int
@@ -85,13 +90,15 @@ class Comparison:
     def to_dict(self) -> dict[str, object]:
         """What `tidesim compare --json` prints."""
         shared = self.rows[0].result
-        what = ("execution", "context", "hardware", "model", "trace_origin", "seed", "version")
+        what = ("hardware", "model", "trace_origin", "seed", "version")
         bounds = {
             name: {"tok_per_s": bound.tok_per_s, "makespan_s": bound.makespan_ns / 1e9}
             for name, bound in (("ceiling", self.ceiling), ("pooled_ceiling", self.pooled_ceiling))
         }
         return (
-            {name: getattr(shared, name) for name in what}
+            {"execution": self.execution.name, "context": self.execution.context}
+            | {"has_own_executions": self.has_own_executions}
+            | {name: getattr(shared, name) for name in what}
             | {"budget": self.budget, "sequences": self.sequences, "corpus": self.corpus}
             | bounds
             | {"hit_ceiling": self.most_hits / self.num_pairs}
@@ -105,16 +112,30 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Setting:
-    """What all runs of a comparison share."""
+class _Course:
+    """What all runs under one execution share."""
 
-    workload: Workload
     knowledge: Knowledge
+    costs: Costs
+
+    @property
+    def workload(self) -> Workload:
+        """What is compared on."""
+        return self.knowledge.workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Setting:
+    """What all runs of a comparison share. `courses` has one for each execution by name; that of None is for those that
+    have none of their own."""
+
+    courses: Mapping[str | None, _Course]
     model: MoEConfig
     hardware: Hardware
-    execution: Execution
     budget: int
     seed: int
+    reserve_bytes: int | None
+    is_memory_checked: bool
 
 
 class _Outcome(NamedTuple):
@@ -136,6 +157,7 @@ def compare(
     execution: Execution,
     budget: int,
     names: Sequence[str] | None = None,
+    by_context: Mapping[Context, tuple[Workload, Workload]] | None = None,
     intervals: Sequence[int] = INTERVALS,
     reserve_bytes: int | None = None,
     is_memory_checked: bool = True,
@@ -145,12 +167,17 @@ def compare(
 ) -> Comparison:
     """Run every policy on `workload`, with the sizes of `model`, on `hardware`, all with the same bytes on the device.
 
+    By default all run under `execution`, so that nothing but the policies differs.
+
     Parameters
     ----------
     corpus : other sequences, for policies that want to know something beforehand.
     budget : slots of each layer. Who needs scratch memory has that much fewer slots, and who shares slots over the
         layers has those of all of them.
     names : the policies to compare, all by default; the best static placement in hindsight always is.
+    by_context : workload and corpus for both contexts. With it, policies that belong to a system run under that
+        system's own execution, `OWN_EXECUTIONS`, and the others under `execution`: systems are compared as a whole. Who
+        does not fit the device under its own execution is left out.
     intervals : refresh intervals to try for those that refresh; those longer than every block mean the same.
     reserve_bytes, is_memory_checked : see `simulate`.
     workers : see `Workers`.
@@ -161,42 +188,50 @@ def compare(
     """
     if is_memory_checked:
         check_memory(model, hardware, execution, budget, workload.max_tokens, reserve_bytes)
-    costs = Costs(model, hardware, execution, int(workload.tokens.max()))
-    knowledge = Knowledge(
-        workload=workload,
-        corpus=corpus,
-        popularity=corpus.counts.sum(axis=0, dtype=np.int64),
-        hindsight=costs.host_expert_ns[workload.counts].sum(axis=0),
+    who = contenders(
+        distinct_intervals(intervals, workload),
+        names,
+        has_lookahead=workload.lookahead is not None,
+        has_own_executions=by_context is not None,
     )
+    hows: dict[str | None, Execution] = {None: execution}
+    hows |= {one.execution: EXECUTIONS[one.execution] for one in who if one.execution is not None}
+    known = {**(by_context or {}), execution.context: (workload, corpus)}
     setting = _Setting(
-        workload=workload,
-        knowledge=knowledge,
+        courses={name: _course(*known[how.context], model, hardware, how) for name, how in hows.items()},
         model=model,
         hardware=hardware,
-        execution=execution,
         budget=budget,
         seed=seed,
+        reserve_bytes=reserve_bytes,
+        is_memory_checked=is_memory_checked,
     )
-    who = contenders(distinct_intervals(intervals, workload), names, has_lookahead=workload.lookahead is not None)
     outcomes = []
     with Workers(setting, workers) as pool:
         for outcome in pool.map(_run, who):
             outcomes.append(outcome)
             if progress is not None:
                 progress(len(outcomes), len(who))
-    ceilings = [time_ceiling(workload, costs, budget, is_pooled=is_pooled) for is_pooled in (False, True)]
+    ceilings = _ceilings(setting, who, outcomes)
     rows = _rows(who, outcomes, ceilings)
     return Comparison(
         rows=rows,
         left_out={one.name: outcome.reason for one, outcome in zip(who, outcomes, strict=True) if outcome.reason},
-        ceiling=ceilings[0],
-        pooled_ceiling=ceilings[1],
+        execution=execution,
+        has_own_executions=by_context is not None,
+        ceiling=ceilings[None, False],
+        pooled_ceiling=ceilings[None, True],
         most_hits=hit_ceiling(workload, budget),
         num_pairs=int(workload.counts.sum(dtype=np.int64)),
         budget=budget,
         sequences=_sequences(workload),
         corpus=_sequences(corpus),
-        warnings=warnings_about(workload, costs, budget, [row.result for row in rows]),
+        warnings=warnings_about(
+            [(course.workload, course.costs) for course in setting.courses.values()],
+            budget,
+            [row.result for row in rows],
+            has_own_executions=by_context is not None,
+        ),
     )
 
 
@@ -212,35 +247,67 @@ def slots_left(budget: int, scratch: int, num_layers: int) -> tuple[int, ...] | 
     return tuple(each + (layer < more) for layer in range(num_layers))
 
 
+def _course(workload: Workload, corpus: Workload, model: MoEConfig, hardware: Hardware, how: Execution) -> _Course:
+    """What there is to know and how long things take, under one execution."""
+    costs = Costs(model, hardware, how, int(workload.tokens.max()))
+    knowledge = Knowledge(
+        workload=workload,
+        corpus=corpus,
+        popularity=corpus.counts.sum(axis=0, dtype=np.int64),
+        hindsight=costs.host_expert_ns[workload.counts].sum(axis=0),
+    )
+    return _Course(knowledge=knowledge, costs=costs)
+
+
 def _run(setting: _Setting, contender: Contender) -> _Outcome:
     """Simulate one contender."""
+    course = setting.courses[contender.execution]
     try:
-        made = setting.knowledge.make(contender)
+        if setting.is_memory_checked:
+            how, most_tokens = course.costs.execution, course.workload.max_tokens
+            check_memory(setting.model, setting.hardware, how, setting.budget, most_tokens, setting.reserve_bytes)
+        made = course.knowledge.make(contender)
         scratch = made.scratch_experts(setting.model.num_experts)
         budgets = slots_left(setting.budget, scratch, setting.model.num_layers)
         if budgets is None:
             total = setting.budget * setting.model.num_layers
             return _Outcome(None, reason=f"its scratch memory of {scratch} experts exceeds the {total} slots")
-        result = _simulated(setting, made, budgets)
+        result = _simulated(setting, course, made, budgets)
     except (BudgetError, InputError) as error:
         return _Outcome(None, reason=str(error))
     return _Outcome(result, made.scope == "network", scratch, made.is_routing_only)
 
 
-def _simulated(setting: _Setting, made: Policy, budgets: tuple[int, ...]) -> RunResult:
+def _simulated(setting: _Setting, course: _Course, made: Policy, budgets: tuple[int, ...]) -> RunResult:
     return simulate(
-        setting.workload,
+        course.workload,
         setting.model,
         setting.hardware,
         made,
         budget=budgets,
-        execution=setting.execution,
+        execution=course.costs.execution,
         seed=setting.seed,
         is_memory_checked=False,
     )
 
 
-def _rows(who: Sequence[Contender], outcomes: Sequence[_Outcome], ceilings: Sequence[Ceiling]) -> tuple[Row, ...]:
+def _ceilings(
+    setting: _Setting, who: Sequence[Contender], outcomes: Sequence[_Outcome]
+) -> Mapping[tuple[str | None, bool], Ceiling]:
+    """The bounds for each execution and kind of slots that somebody ran with, and both for those without their own."""
+    ran = [(one.execution, outcome.is_pooled) for one, outcome in zip(who, outcomes, strict=True) if outcome.result]
+    needed = dict.fromkeys([(None, False), (None, True), *ran])
+    return {
+        (name, is_pooled): time_ceiling(
+            setting.courses[name].workload, setting.courses[name].costs, setting.budget, is_pooled=is_pooled
+        )
+        for name, is_pooled in needed
+    }
+
+
+def _rows(
+    who: Sequence[Contender], outcomes: Sequence[_Outcome], ceilings: Mapping[tuple[str | None, bool], Ceiling]
+) -> tuple[Row, ...]:
     """Those that ran, the fastest first; of equally fast ones as they were named."""
     ran = [(one, outcome, outcome.result) for one, outcome in zip(who, outcomes, strict=True)]
     best: dict[str | None, int] = {}
@@ -251,7 +318,7 @@ def _rows(who: Sequence[Contender], outcomes: Sequence[_Outcome], ceilings: Sequ
         Row(
             name=one.name,
             result=result,
-            ceiling=ceilings[outcome.is_pooled],
+            ceiling=ceilings[one.execution, outcome.is_pooled],
             family=one.family,
             scratch=outcome.scratch,
             is_routing_only=outcome.is_routing_only,

@@ -13,15 +13,30 @@ from tidesim.workload import Workload
 SATURATED = 0.95
 _EXPERT_CURVES = ("device.expert_curve", "host.expert_curve")
 
+_AS_A_WHOLE = (
+    "policies of other systems run under their systems' own executions: rows compare systems as a whole, engine and "
+    "policy, and a row's share is of the ceiling of its own execution."
+)
+
 
 def warnings_about(
-    workload: Workload, costs: Costs, budget: int, fastest_first: Sequence[RunResult]
+    runs: Sequence[tuple[Workload, Costs]],
+    budget: int,
+    fastest_first: Sequence[RunResult],
+    *,
+    has_own_executions: bool = False,
 ) -> tuple[str, ...]:
-    """Every reason to read the results with care, a sentence each."""
+    """Every reason to read the results with care, a sentence each.
+
+    `runs` has what ran, with its durations, under each execution; first the one that belongs to no system.
+    """
+    workload, costs = runs[0]
+    beyond = [warning for run in runs for warning in _beyond_curves(*run)]
     return (
+        *((_AS_A_WHOLE,) if has_own_executions else ()),
         *_small_budget(workload, budget),
         *_saturated(fastest_first),
-        *_beyond_curves(workload, costs),
+        *dict.fromkeys(beyond),
         *_guesses(costs.hardware, costs.execution.home == "disk"),
     )
 

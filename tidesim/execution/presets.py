@@ -182,7 +182,65 @@ _EMULATED = replace(
 # The same with experts in their files: the device's memory is the only one, and misses are read and then computed.
 _DISK = replace(_EMULATED, name="disk", home="disk", host="serial")
 
-EXECUTIONS = {preset.name: preset for preset in (_TIDE_AS_CODED, _OVERLAPPED, _ENGINE, _EMULATED, _DISK)}
+# Other systems, as far as their public source says how they run; what each decides is in `tidesim.policies`. They were
+# written for other networks, so nobody can count their ops on this one: engines of eager PyTorch modules take the
+# counts of TIDE's released code (and its logits of all rows), engines with fused kernels those of `overlapped`. Weights
+# are bf16 here, whatever they quantise. Where the source leaves something open, the comment says what is assumed.
+
+# Fiddler (github.com/efeslab/fiddler, src/fiddler/mixtral.py): Mixtral in eager PyTorch with its cache of keys and
+# values. A miss on the device is `load_state_dict` into one placeholder: three tensors, pageable, blocking, and dropped
+# after use. The other misses follow expert by expert on the host, rows out and back for each: no overlap.
+_FIDDLER = replace(_TIDE_AS_CODED, name="fiddler", kv_cache=True, write_back=False)
+
+# mixtral-offloading (github.com/dvmazur/mixtral-offloading, src/expert_cache.py): an expert is one storage, hence one
+# copy, in pinned memory. A swap copies the newcomer in and the victim out, on the stream that computes, so that neither
+# runs beside a kernel or beside the other. Experts run one by one, all on the device.
+_MIXTRAL_OFFLOADING = replace(
+    _TIDE_AS_CODED, name="mixtral-offloading", kv_cache=True, is_pinned=True, copies_per_expert=1
+)
+
+# MoE-Infinity (github.com/TorchMoE/MoE-Infinity): a thread fetches from pinned memory on a stream of its own while
+# others run the experts that are there, one by one; a victim is dropped. All on the device. Assumed: an expert is one
+# copy, as its tensors lie together in the host's pool.
+_MOE_INFINITY = replace(
+    _TIDE_AS_CODED,
+    name="moe-infinity",
+    kv_cache=True,
+    is_pinned=True,
+    copies="background",
+    copies_per_expert=1,
+    write_back=False,
+)
+
+# KTransformers (kt-kernel in an SGLang fork): one fused kernel for the experts on the device, one task for the host
+# that runs beside it and is joined at the end of the layer, its rows through pinned memory. Large forwards stream whole
+# layers to scratch memory; assumed: from pinned memory, one copy for each expert, and nothing runs beside them.
+_KTRANSFORMERS = replace(_OVERLAPPED, name="ktransformers", copies="blocking")
+
+# llama.cpp (its block diffusion: pull request 17454): every step runs the whole sequence, without a cache of keys and
+# values. Used experts of a host layer are copied out of a memory-mapped file, hence pageable, tensor by tensor, on the
+# stream that computes. One kernel runs all of a layer's experts, on the device or, in small batches, on the host after
+# everything before it. Assumed: activations in float32, and logits of all rows.
+_LLAMA_CPP = replace(
+    _OVERLAPPED,
+    name="llama-cpp",
+    kv_cache=False,
+    logits="all",
+    is_pinned=False,
+    copies="blocking",
+    copies_per_expert=3,
+    host="serial",
+    activation_bytes=4,
+)
+
+# FreeToken (github.com/FlashML-org/FreeToken, arXiv 2608.16157): the misses to fetch are copied from pinned memory, and
+# then the device computes, while the host computes the other misses. Nothing is written back. Assumed: one copy for
+# each expert; one kernel gathers them all there.
+_FREETOKEN = replace(_OVERLAPPED, name="freetoken", copies="blocking")
+
+_OURS = (_OVERLAPPED, _ENGINE, _EMULATED, _DISK)
+_OTHERS = (_FIDDLER, _MIXTRAL_OFFLOADING, _MOE_INFINITY, _KTRANSFORMERS, _LLAMA_CPP, _FREETOKEN)
+EXECUTIONS = {preset.name: preset for preset in (_TIDE_AS_CODED, *_OURS, *_OTHERS)}
 
 
 def execution(name: str) -> Execution:

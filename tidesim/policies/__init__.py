@@ -33,11 +33,22 @@ from tidesim.policies.hybrid import (
     hybrimoe,
     ktransformers_dynamic,
 )
-from tidesim.policies.interface import Ahead, ForwardInfo, MissAction, Policy, Serving, Shape, forwards_of
+from tidesim.policies.interface import ALL_ON_HOST, Ahead, ForwardInfo, MissAction, Policy, Serving, Shape, forwards_of
 from tidesim.policies.prefetching import PreGated, finemoe, moe_infinity_paper, next_layer_prefetch
 from tidesim.policies.tide import rlx, tide, tide_as_coded
 
-__all__ = ["POLICIES", "Ahead", "ForwardInfo", "MissAction", "Policy", "Serving", "Shape", "forwards_of", "policy"]
+__all__ = [
+    "ALL_ON_HOST",
+    "POLICIES",
+    "Ahead",
+    "ForwardInfo",
+    "MissAction",
+    "Policy",
+    "Serving",
+    "Shape",
+    "forwards_of",
+    "policy",
+]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "gain": Gain,

@@ -99,6 +99,10 @@ class Foresight(Score):
     Parameters
     ----------
     corpus : sequences to learn from. Raise InputError if there are none.
+
+    Attributes
+    ----------
+    rows : int64 [L, E], the rows that each expert got when it was used last, from the beginning of a run on; 1 before.
     """
 
     def __init__(self, corpus: Workload) -> None:
@@ -138,11 +142,13 @@ class Foresight(Score):
                 f"the corpus counts {list(self.popularity.shape)} experts [L, E]; the run has {list(self.table.shape)}."
             )
         self._memory = Memory(self.popularity, self.at_start)
+        self.rows = np.ones(self.table.shape, np.int64)
         self.table[:] = self.at_start
 
     def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
         """Look ahead from here."""
         features = self._memory.see(forward, layer, counts)
+        self.rows[layer] = np.where(counts > 0, counts, self.rows[layer])
         self.table[layer] = np.clip(features @ self._weights[situation(forward)], 0.0, _ALWAYS)
 
 

@@ -6,12 +6,13 @@ at once, whether or not it will be of use. Here every forward and layer decides 
 machine's profile predicts:
 
 1. *What is an expert worth?* The forwards, of the next few, that are expected to use it (`foresight`), times what one
-   avoided miss saves. Counts of the block, the sequence and a corpus go into that, and placements outlive blocks: where
-   one ends, the expectation turns to the experts that blocks begin with.
+   avoided miss with its rows saves. Counts of the block, the sequence and a corpus go into the expectation, and
+   placements outlive blocks: where one ends, it turns to the experts that blocks begin with.
 2. *Just in time.* When the router is done it is known who is missing. The link can fetch some of them while the host
    computes the others, and the device runs each as it arrives. As many are fetched as make the layer shortest, given
-   also what those that stay will save later: those worth most first. With the host beside the device and copies in the
-   background, both work until they meet, and a copy costs nothing as long as the host is the longer side.
+   also what those that stay will save later: first those that save most, now and later. With the host beside the device
+   and copies in the background both work until they meet, and a copy costs nothing as long as the host is the longer
+   side.
 3. *Who stays?* An expert that was fetched stays if it is worth more than the resident that is worth least, whose place
    it takes. Otherwise it goes through scratch memory and is forgotten. So a budget below what a forward touches does
    no harm, where a cache would evict what it needs next.
@@ -48,7 +49,7 @@ from tidesim.workload import Workload
 
 Floats = npt.NDArray[np.float64]
 
-# An idle link brings in who is worth so much more than the victim: a copy for less would only stand in the way.
+# An idle link brings in who is worth so many uses more than the victim: a copy for less would only stand in the way.
 _LEAST_LEAD = 0.05
 
 
@@ -88,26 +89,31 @@ class Gain(Policy):
         self, forward: ForwardInfo, layer: int, missed: Sequence[int], counts: Counts, is_resident: Mask
     ) -> Serving:
         """Fetch as many of `missed` as make the layer shortest, and keep those that are worth a slot."""
-        worth, paper = self._foresight.of(layer), self._paper
+        worth_ns, paper = self._worth_ns(layer), self._paper
         work = LayerWork(paper.costs, forward, counts, is_resident[layer])
         if not missed:
             paper.pass_layer(work.device_ns, 0)
             return ALL_ON_HOST
-        experts = np.array(missed)[np.argsort(-worth[missed], kind="stable")]
+        saved_ns = worth_ns[missed] + paper.costs.host_expert_ns[counts[missed]]
+        experts = np.array(missed)[np.argsort(-saved_ns, kind="stable")]
         victims, num_free = self._victims(layer, is_resident[layer])
-        room = np.concatenate([np.zeros(num_free), worth[victims]])[: len(experts)]
-        lead = np.zeros(len(experts))
-        lead[: len(room)] = np.maximum(worth[experts[: len(room)]] - room, 0.0)
-        times_ns = work.times_ns(experts, paper.copy_ns, paper.backlog_ns)
-        saved_ns = np.concatenate([[0.0], np.cumsum(lead)]) * paper.saving_ns
-        num_fetched = int(np.argmin(times_ns - saved_ns))
+        lead_ns = _leads(worth_ns[experts], np.concatenate([np.zeros(num_free), worth_ns[victims]]))
+        # Who takes the slot of an expert that has rows comes only after that one has run.
+        is_held_up = np.concatenate([np.zeros(num_free, np.bool_), counts[victims] > 0])
+        times_ns = work.times_ns(experts, paper.copy_ns, paper.backlog_ns, is_held_up)
+        num_fetched = int(np.argmin(times_ns - np.concatenate([[0.0], np.cumsum(lead_ns)])))
         paper.pass_layer(float(times_ns[num_fetched]), num_fetched)
-        return self._serving(experts[:num_fetched], lead[:num_fetched] > 0, victims, num_free)
+        return self._serving(experts[:num_fetched], lead_ns[:num_fetched] > 0, victims, num_free)
+
+    def _worth_ns(self, layer: int) -> Floats:
+        """What each expert of `layer` will save on the device, [E]."""
+        worth_ns: Floats = self._foresight.of(layer) * self._paper.saving_ns[self._foresight.rows[layer]]
+        return worth_ns
 
     def _victims(self, layer: int, is_resident: Mask) -> tuple[npt.NDArray[np.intp], int]:
         """Residents, those worth least first, and the number of free slots."""
         residents = np.flatnonzero(is_resident)
-        order = np.argsort(self._foresight.of(layer)[residents], kind="stable")
+        order = np.argsort(self._worth_ns(layer)[residents], kind="stable")
         return residents[order], self._budgets[layer] - len(residents)
 
     def _serving(
@@ -121,16 +127,28 @@ class Gain(Policy):
         """One more expert if the link is idle: the best absent one for the worst resident."""
         if not self._paper.is_link_idle:
             return NO_MOVES
-        worth, mine = self._foresight.of(layer), is_resident[layer]
+        worth_ns, mine = self._worth_ns(layer), is_resident[layer]
         victims, num_free = self._victims(layer, mine)
         absent = np.flatnonzero(~mine)
         if not len(absent) or not (num_free or len(victims)):
             return NO_MOVES
-        best = int(absent[np.argmax(worth[absent])])
-        if worth[best] <= (0.0 if num_free else worth[victims[0]] + _LEAST_LEAD):
+        best = int(absent[np.argmax(worth_ns[absent])])
+        least_ns = 0.0 if num_free else worth_ns[victims[0]] + _LEAST_LEAD * self._paper.saving_ns[1]
+        if worth_ns[best] <= least_ns:
             return NO_MOVES
         self._paper.pass_copy()
         return Moves((best,), () if num_free else (int(victims[0]),))
+
+
+def _leads(worth_ns: Floats, room_ns: Floats) -> Floats:
+    """By how much each of the fetched is worth more than whom it would replace, one after another; 0 if by nothing.
+
+    `room_ns` is what those are worth whose place is to be had; there may be fewer than are fetched.
+    """
+    lead_ns = np.zeros(len(worth_ns))
+    num = min(len(worth_ns), len(room_ns))
+    lead_ns[:num] = np.maximum(worth_ns[:num] - room_ns[:num], 0.0)
+    return lead_ns
 
 
 class LayerWork:
@@ -146,21 +164,27 @@ class LayerWork:
         hit = counts[(counts > 0) & is_resident]
         self.device_ns = sum(costs.experts_ns(int(costs.loop_ns[hit].sum()), len(hit), int(hit.sum())))
 
-    def times_ns(self, experts: npt.NDArray[np.intp], copy_ns: float, backlog_ns: float) -> Floats:
+    def times_ns(self, experts: npt.NDArray[np.intp], copy_ns: float, backlog_ns: float, is_held_up: Mask) -> Floats:
         """If the first 0, 1, .. of the missed `experts` are fetched and the host computes the rest, [n + 1].
 
-        A copy takes `copy_ns`; `backlog_ns` is what the link still has to do before it can begin.
+        A copy takes `copy_ns`; `backlog_ns` is what the link still has to do before it can begin. `is_held_up` says of
+        the places that are to be had, in order, whether their residents must run before a copy can begin.
         """
         costs, execution, rows = self._costs, self._costs.execution, self._counts[experts]
         alone_ns = np.array([sum(costs.alone_ns(ns)) for ns in costs.loop_ns[rows].tolist()], np.float64)
         ran_ns = np.cumsum(alone_ns)
         if execution.copies == "background":
-            # Each runs when it has arrived and those before it have run, while the next is on its way.
-            arrived_ns = backlog_ns + np.arange(1, len(experts) + 1) * copy_ns
+            # A copy begins when it may and the one before it has ended; an expert runs when it has arrived and those
+            # before it have run.
+            ready_ns = np.full(len(experts), backlog_ns)
+            held_up = is_held_up[: len(experts)]
+            ready_ns[: len(held_up)][held_up] = max(backlog_ns, self.device_ns)
+            copied_ns = np.arange(len(experts)) * copy_ns
+            arrived_ns = np.maximum.accumulate(ready_ns - copied_ns) + copied_ns + copy_ns
             start_ns = np.maximum.accumulate(arrived_ns - (ran_ns - alone_ns))
             device_ns = np.maximum(self.device_ns, start_ns) + ran_ns
         else:
-            device_ns = self.device_ns + np.cumsum(copy_ns + alone_ns)
+            device_ns = self.device_ns + np.arange(1, len(experts) + 1) * copy_ns + ran_ns
         device_ns = np.concatenate([[self.device_ns], device_ns])
         host_ns = self._host_ns(rows)
         return np.maximum(device_ns, host_ns) if execution.host == "parallel" else device_ns + host_ns
@@ -181,8 +205,8 @@ class PaperClock:
     ----------
     copy_ns : what fetching one expert takes of the link. Its victim goes out first where it is written back: in the
         background on a lane of its own, so that the slower of the two counts.
-    saving_ns : what one miss less saves: host and link share misses, so it is what both take for one side by side; or
-        what the host alone takes, where the link is of no help.
+    saving_ns : [max_rows + 1], what one miss less saves, by its rows: host and link share misses, so it is what both
+        take for one side by side; or what the host alone takes, where the link is of no help.
     """
 
     def __init__(self, costs: Costs) -> None:
@@ -190,9 +214,10 @@ class PaperClock:
         self._is_background = costs.execution.copies == "background"
         copies_ns = float(costs.promote_ns), float(costs.evict_ns)
         self.copy_ns = max(copies_ns) if self._is_background else sum(copies_ns)
-        host_ns = float(costs.host_expert_ns[1])
+        host_ns = costs.host_expert_ns.astype(np.float64)
         is_shared = self._is_background and costs.execution.host == "parallel"
-        self.saving_ns = host_ns * self.copy_ns / (host_ns + self.copy_ns) if is_shared else host_ns
+        both_ns = np.maximum(host_ns + self.copy_ns, 1.0)
+        self.saving_ns: Floats = host_ns * self.copy_ns / both_ns if is_shared else host_ns
         self._now_ns = self._link_free_ns = 0.0
 
     @property

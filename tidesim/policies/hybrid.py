@@ -64,7 +64,7 @@ def fiddler(popularity: npt.ArrayLike, mode: Mode = "coded", *, cpu_offload: boo
     )
 
 
-def freetoken_offload() -> Policy:
+def freetoken_offload(*, streams_prefill: bool = False) -> Policy:
     """FreeToken (arXiv 2608.16157) with backend "offload": every miss is fetched, in ascending ids, and stays.
 
     As coded. All layers share one pool of slots. The victim is who was used last longest ago, of whatever layer, but
@@ -72,19 +72,22 @@ def freetoken_offload() -> Policy:
     Use is counted in turns: one layer of one forward. Ties: the lowest slot. The first residents are ids 0..B-1 of each
     layer, in slots by layer and id, and count as never used.
 
-    A forward that fills the cache with a prompt fetches nobody into slots. It streams whole layers: experts that are
-    absent cross the link, used or not, and residents are copied within the device. That takes two buffers of a layer
-    each, so that the pool must have as many slots there; here they are scratch memory of its own, and the pool may have
-    any size. A layer's stream begins when its router is done, not with the layer before as there: the two
-    buffers make no run faster here.
+    While the cache is filled with a prompt the original streams whole layers through slots of the pool, one or two at a
+    time: experts that are absent cross the link, used or not, and residents are copied within the device. A pool
+    that lends its slots for one forward is not modelled. By default such a forward is served like all others.
+
+    Parameters
+    ----------
+    streams_prefill : stream it, through scratch memory of two layers besides the pool. A layer's stream begins when its
+        router is done, not with the layer before as there.
     """
-    return _freetoken("offload", KeepAll())
+    return _freetoken("offload", KeepAll(), streams_prefill)
 
 
-def freetoken_hybrid() -> Policy:
+def freetoken_hybrid(*, streams_prefill: bool = False) -> Policy:
     """FreeToken with backend "hybrid": some misses are fetched and stay while the host computes the others.
 
-    As coded, on the pool and with the streaming of `freetoken_offload`. Of M misses those F are fetched that make
+    As coded, on the pool of `freetoken_offload` and with its parameter. Of M misses those F are fetched that make
     max(F * (1 - ρ), (M - F) * ρ) least, ρ being the link's share of what link and host together get through in a
     second: 1 / copy over 1 / copy + 1 / host, when either is the time that one expert's weights take. So copies and
     host end as close to each other as can be (`schedules.Balanced`); ties: the smaller F. Fetched first is who was
@@ -93,26 +96,28 @@ def freetoken_hybrid() -> Policy:
 
     ρ is measured there; here it follows from the profile. It looks neither at an expert's tokens nor at fixed costs.
     """
-    return _freetoken("hybrid", Balanced(LastActiveBefore()), is_routing_only=False)
+    return _freetoken("hybrid", Balanced(LastActiveBefore()), streams_prefill, is_routing_only=False)
 
 
-def freetoken_cpu() -> Policy:
+def freetoken_cpu(*, streams_prefill: bool = False) -> Policy:
     """FreeToken with backend "cpu": the host computes every miss, so the first residents stay for good.
 
-    As coded. A forward that fills the cache with a prompt streams whole layers, as in `freetoken_offload`.
+    As coded, with the parameter of `freetoken_offload`.
     """
-    return _freetoken("cpu", OnHost())
+    return _freetoken("cpu", OnHost(), streams_prefill)
 
 
-def _freetoken(backend: str, split: Split, *, is_routing_only: bool = True) -> Policy:
+def _freetoken(backend: str, split: Split, streams_prefill: bool, *, is_routing_only: bool = True) -> Policy:
     return Composition(
         f"freetoken-{backend}",
         first_ids,
-        split=ByKind(StreamLayer(with_residents=False), split),
+        split=ByKind(StreamLayer(with_residents=False), split) if streams_prefill else split,
         victims=Lowest(LastTurn(), Slot(), scope="network"),
         is_in_use_safe=True,
         scope="network",
-        scratch_layers=2,
+        # One place for whom nobody's slot is free.
+        scratch=1,
+        scratch_layers=2 * streams_prefill,
         is_routing_only=is_routing_only,
     )
 

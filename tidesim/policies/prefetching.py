@@ -133,7 +133,8 @@ def moe_infinity_paper(corpus: Workload, mode: Literal["coded", "published"] = "
     visits, is_coded = Visits("sequence"), mode == "coded"
     predictor = NearestSequence(corpus, "later", floor=1e-8) if is_coded else NearestSequence(corpus)
     victims = Highest(visits, scope="network") if is_coded else Lowest(visits, scope="network")
-    return _shared_cache("moe-infinity-paper", victims, Prefetch(predictor, furthest=None, order="network"))
+    name = "moe-infinity-paper-as-coded" if is_coded else "moe-infinity-paper"
+    return _shared_cache(name, victims, Prefetch(predictor, furthest=None, order="network"))
 
 
 def finemoe(corpus: Workload, distance: int = 6, least: int = 8) -> Policy:
