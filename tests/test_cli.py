@@ -54,7 +54,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_help_names_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("trace", "inspect", "synthesize", "simulate", "plan"):
+    for command in ("trace", "inspect", "synthesize", "simulate", "plan", "compare"):
         assert command in out
         assert run(command, "--help")[0] == 0
 
@@ -330,6 +330,64 @@ def test_a_plan_that_cannot_be_made_says_why(run: Run, base: tuple[str, ...], tm
         (("--out", tmp_path / "no" / "plan.json"), "plan.json"),
     ):
         code, out, err = run("plan", *base[1:], "--workers", 1, *words)
+        assert code == 2
+        assert not out
+        assert said in err
+        assert "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def rivals(base: tuple[str, ...]) -> tuple[object, ...]:
+    """`compare` of few policies on one of the two sequences."""
+    few = ("--policy", "lru", "--policy", "tide", "--held-out-share", 0.5, "--workers", 1)
+    return ("compare", *base[1:], *few, "--budget", 64)
+
+
+def test_compare_shows_the_origin_the_ceiling_and_every_policy(
+    run: Run, rivals: tuple[object, ...], tmp_path: Path
+) -> None:
+    code, out, _ = run(*rivals)
+    assert code == 0
+    for said in (
+        "synthetic",
+        "no policy is faster than",
+        "of ceiling",
+        "lru",
+        "tide, tau=1",
+        "best in",
+        "known before",
+    ):
+        assert said in out
+    code, out, _ = run(*rivals, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert {"ceiling", "pooled_ceiling", "hit_ceiling", "warnings", "left_out", "corpus"} <= set(document)
+    assert (len(document["sequences"]), len(document["corpus"])) == (1, 1)
+    assert document["sequences"] != document["corpus"]
+    assert all(set(row) >= RESULT_KEYS for row in document["rows"])
+    assert {row["policy"] for row in document["rows"]} == {"static", "lru", "tide"}
+    assert max(row["ceiling_share"] for row in document["rows"]) <= 1
+
+
+def test_compare_draws_a_picture(run: Run, rivals: tuple[object, ...], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "compared.png"
+    assert run(*rivals, "--picture", picture)[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    code, out, err = run(*rivals, "--picture", tmp_path / "no" / "compared.png")
+    assert (code, out) == (2, "")
+    assert "compared.png: cannot be written" in err
+
+
+def test_a_comparison_that_cannot_be_made_says_why(run: Run, rivals: tuple[object, ...]) -> None:
+    for words, said in (
+        (("--policy", "tied"), "did you mean 'tide'"),
+        (("--budget", 250), "the largest budget that fits is"),
+        (("--budget", 300), "budget(=300)"),
+        (("--held-out-share", 1.5), "held_out_share"),
+        (("--execution", "overlaped"), "did you mean 'overlapped'"),
+    ):
+        code, out, err = run(*rivals, *words)
         assert code == 2
         assert not out
         assert said in err

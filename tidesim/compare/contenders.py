@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tidesim.errors import InputError
+from tidesim.errors import InputError, nearest_name
 from tidesim.policies import POLICIES, parameters_of
 
 # References that do not use the same memory, and are no rivals.
@@ -62,10 +62,10 @@ def contenders(
     among them. With `has_own_executions` policies of other systems run as `OWN_EXECUTIONS` says. Raise InputError for
     an unknown name.
     """
-    chosen = [name for name in POLICIES if name not in _NOT_RIVALS] if names is None else list(names)
-    unknown = [name for name in chosen if name not in POLICIES]
-    if unknown:
-        raise InputError(f"no policy {unknown[0]!r}; there are {', '.join(POLICIES)}.")
+    chosen = [name for name in POLICIES if name not in _NOT_RIVALS] if names is None else dict.fromkeys(names)
+    for name in chosen:
+        if name not in POLICIES:
+            raise InputError(f"no policy {name!r}; {nearest_name(name, POLICIES)}")
     found = [Contender("static, best in hindsight", "static", (("popularity", "hindsight"),))]
     for name in chosen:
         if "refresh_interval" in parameters_of(name):

@@ -11,6 +11,7 @@ from tidesim.workload import Workload
 
 # A resource that is busy for this share of the time decides how long everything takes.
 SATURATED = 0.95
+_EXPERT_CURVES = ("device.expert_curve", "host.expert_curve")
 
 _AS_A_WHOLE = (
     "policies of other systems run under their systems' own executions: rows compare systems as a whole, engine and "
@@ -70,14 +71,16 @@ def _saturated(fastest_first: Sequence[RunResult]) -> Iterator[str]:
 
 def _beyond_curves(workload: Workload, costs: Costs) -> Iterator[str]:
     """Rows, or weights, that the profile's curves were not measured with."""
-    hardware, most_rows = costs.hardware, int(workload.counts.max())
-    if hardware.curves and costs.model.weight_bits != 16:
+    hardware, execution = costs.hardware, costs.execution
+    head_rows = workload.tokens if execution.logits == "all" else workload.logit_tokens
+    reach = {"device.dense_curve": int(workload.tokens.max()), "device.head_curve": int(head_rows.max())}
+    if costs.model.weight_bits == 16:
+        reach |= dict.fromkeys(_EXPERT_CURVES, int(workload.counts.max()))
+    elif any(path in hardware.curves for path in _EXPERT_CURVES):
         yield (
             f"{hardware.name} was measured with weights of 16 bits, and experts of {costs.model.weight_bits} bits go "
             f"by its bandwidths alone."
         )
-    reach = {"device.expert_curve": most_rows, "host.expert_curve": most_rows}
-    reach |= dict.fromkeys(("device.dense_curve", "device.head_curve"), int(workload.tokens.max()))
     for path, rows in reach.items():
         curve = hardware.curves.get(path)
         if curve is not None and rows > curve.rows[-1]:

@@ -33,8 +33,9 @@ class Memory:
     """What is known of every expert of every layer, and the features [N] made of it.
 
     Features: 1; whether it is used now; how much, as log(1 + its share of the rows, of 32); how often lately, fading to
-    1/2, 4/5 and 19/20 with each forward; how much lately, fading to 1/2; and the shares that used it, of this block's
-    forwards, of this sequence's, of the corpus' and of the first steps of its blocks.
+    1/2, 4/5 and 19/20 with each forward, the last in this sequence alone; how much lately, fading to 1/2; and the
+    shares that used it, of this block's forwards, of this sequence's, of the corpus' and of the first steps of its
+    blocks.
 
     Parameters
     ----------

@@ -1,0 +1,457 @@
+"""tidesim's own policy: what it expects is learnt and remembered as it says, and what it decides is worked out by hand.
+
+Of the toy machine, in ns: a copy takes 310, a resident or fetched expert 100, a missed one of n rows 570 + 200 n.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from math import log
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulator_cases import hardware, play
+from toy import TOY, toy_execution, toy_hardware, toy_workload
+
+from tidesim.errors import InputError
+from tidesim.execution import Costs
+from tidesim.hardware import Curve
+from tidesim.policies import ForwardInfo, Serving, Shape, gain, policy
+from tidesim.policies.foresight import FADE, Foresight, Memory, situation, uses_to_come
+from tidesim.policies.gain import Gain, LayerWork, PaperClock
+from tidesim.policies.pieces import Score
+from tidesim.residency import NO_MOVES, Moves
+from tidesim.simulator.work import Routed
+from tidesim.workload import ForwardKind
+
+DENOISE, COMMIT, PREFILL = ForwardKind.DENOISE, ForwardKind.COMMIT, ForwardKind.PREFILL
+ALL_AHEAD = 1 + FADE + FADE**2 + FADE**3  # used in each of the next forwards
+
+
+def info(index=0, *, sequence=0, block=1, step=0, kind=DENOISE, tokens=3) -> ForwardInfo:
+    return ForwardInfo(index, sequence, kind, block, step, False, tokens)
+
+
+def sequences_of(*used: Sequence[Sequence[int]], steps: Sequence[int] | None = None):
+    """A workload of one layer: `used[s][f]` are the rows of each expert in forward f of sequence s, all of block 1."""
+    lengths = [len(forwards) for forwards in used]
+    return toy_workload(
+        *([row] for forwards in used for row in forwards),
+        sequence=np.repeat(np.arange(len(used)), lengths).astype(np.int32),
+        steps=[step for length in lengths for step in range(length)] if steps is None else steps,
+        num_sequences=len(used),
+    )
+
+
+# --- what is expected ---
+
+
+def test_uses_to_come_fade_by_how_soon_they_are_and_end_with_the_sequence() -> None:
+    workload = sequences_of([[1, 0], [0, 2], [0, 1], [3, 1], [0, 1], [1, 1]], [[1, 1], [1, 0]])
+    expected = [
+        [FADE**2, 1 + FADE + FADE**2 + FADE**3],
+        [FADE + FADE**3, 1 + FADE + FADE**2 + FADE**3],
+        [1 + FADE**2, 1 + FADE + FADE**2],
+        [FADE, 1 + FADE],
+        [1, 1],
+        [0, 0],  # the next sequence says nothing about this one
+        [1, 0],
+        [0, 0],
+    ]
+    assert uses_to_come(workload)[:, 0] == pytest.approx(np.array(expected))
+
+
+def test_a_forward_is_of_one_situation() -> None:
+    assert [situation(info(kind=kind, step=9)) for kind in (PREFILL, COMMIT)] == [0, 1]
+    steps = (0, 1, 2, 3, 4, 7, 8, 30)
+    assert [situation(info(step=step)) for step in steps] == [2, 3, 4, 4, 5, 5, 6, 6]
+
+
+def test_features_follow_a_change_of_block_and_of_sequence() -> None:
+    memory = Memory(np.array([[0.25]]), np.array([[0.5]]))
+    places = [(0, 1), (0, 1), (0, 2), (1, 2)]  # sequence and block
+    seen = [
+        memory.see(info(sequence=sequence, block=block, tokens=16), 0, np.array([count], np.int32))[0]
+        for (sequence, block), count in zip(places, (1, 0, 2, 1), strict=True)
+    ]
+    # 16 rows count double. One row is log 3, two are log 5; each turn halves what was before.
+    much = list(accumulate((log(3), 0, log(5), log(3)), lambda before, now: (before + now) / 2, initial=0.0))[1:]
+    assert seen == pytest.approx(
+        np.array(
+            [
+                [1, 1, log(3), 0.5, 0.2, 0.05, much[0], 1 / 1, 1 / 1, 0.25, 0.5],
+                [1, 0, 0, 0.25, 0.16, 0.0475, much[1], 1 / 2, 1 / 2, 0.25, 0.5],
+                [1, 1, log(5), 0.625, 0.328, 0.095125, much[2], 1 / 1, 2 / 3, 0.25, 0.5],
+                [1, 1, log(3), 0.8125, 0.4624, 0.05, much[3], 1 / 1, 1 / 1, 0.25, 0.5],
+            ]
+        )
+    )
+
+
+def test_features_are_the_same_layer_by_layer_and_all_at_once(rng: np.random.Generator) -> None:
+    known = rng.random((3, 5)), rng.random((3, 5))
+    together, apart = Memory(*known), Memory(*known)
+    for index in range(24):
+        forward = info(index, sequence=index // 12, block=index // 5, tokens=7)
+        counts = (rng.integers(0, 4, (3, 5)) * rng.integers(0, 2, (3, 5))).astype(np.int32)
+        features = together.see(forward, slice(None), counts)
+        assert np.array_equal(features, [apart.see(forward, layer, row) for layer, row in enumerate(counts)])
+
+
+@pytest.mark.parametrize(
+    ("rule", "used_now", "not_now"),
+    [("again iff used now", ALL_AHEAD, 0), ("again iff not used now", FADE + FADE**3, 1 + FADE**2)],
+)
+def test_what_the_corpus_always_does_is_expected(rng, rule: str, used_now: float, not_now: float) -> None:
+    sequences = []
+    for _ in range(30):
+        used = rng.permutation([2, 2, 2, 0, 0, 0])
+        sequences.append([2 - used if step % 2 and "not" in rule else used for step in range(10)])
+    foresight = Foresight(sequences_of(*sequences))
+    foresight.begin(Shape(6, (2,)))
+    assert np.array_equal(foresight.of(0), foresight.at_start[0])
+    now = np.array([0, 2, 0, 2, 2, 0], np.int32)
+    for step in range(4):  # later ones go together with some whose sequence ends soon
+        counts = 2 - now if step % 2 and "not" in rule else now
+        foresight.observe(info(step, sequence=99, step=step), 0, counts, np.zeros((1, 6), np.bool_))
+        assert foresight.of(0) == pytest.approx(np.where(counts > 0, used_now, not_now), abs=0.1)
+
+
+def test_a_situation_that_the_corpus_never_shows_goes_by_all_others_together(rng) -> None:
+    # Every forward of this corpus is the first step of a block, so all of it is what any other situation goes by.
+    tables = rng.permuted(np.tile([2, 2, 2, 0, 0, 0], (40, 1)), axis=1)
+    corpus = sequences_of(tables, steps=[0] * 40)
+    expected = {}
+    for kind, step in ((DENOISE, 0), (DENOISE, 5), (COMMIT, 0), (PREFILL, 0)):
+        foresight = Foresight(corpus)
+        foresight.begin(Shape(6, (2,)))
+        foresight.observe(info(kind=kind, step=step), 0, tables[0].astype(np.int32), np.zeros((1, 6), np.bool_))
+        expected[kind, step] = foresight.of(0).copy()
+    seen = expected.pop((DENOISE, 0))
+    assert seen.max() > 0.1
+    for unseen in expected.values():
+        assert unseen == pytest.approx(seen, rel=1e-3)
+
+
+def test_the_rows_of_the_last_use_are_remembered_until_the_run_ends() -> None:
+    foresight = Foresight(sequences_of([[1, 1, 1]]))
+    for _ in range(2):
+        foresight.begin(Shape(3, (1,)))
+        assert foresight.rows.tolist() == [[1, 1, 1]]
+        for index, row in enumerate(([5, 0, 2], [0, 0, 3])):
+            foresight.observe(info(index), 0, np.array(row, np.int32), np.zeros((1, 3), np.bool_))
+        assert foresight.rows.tolist() == [[5, 1, 3]]
+
+
+def test_nobody_is_expected_less_than_never_or_more_than_always(rng) -> None:
+    tables = rng.integers(0, 2, (12, 6))
+    foresight = Foresight(sequences_of(tables))
+    foresight.begin(Shape(6, (2,)))
+    for index, row in enumerate(tables):
+        foresight.observe(info(index, step=index), 0, (9 * row).astype(np.int32), np.zeros((1, 6), np.bool_))
+        assert (foresight.of(0) >= 0).all()
+        assert (foresight.of(0) <= ALL_AHEAD + 1e-12).all()
+
+
+def test_a_corpus_of_nothing_or_of_another_shape_is_refused() -> None:
+    corpus = sequences_of([[1, 0, 1]])
+    with pytest.raises(InputError, match="the corpus holds no forward; give at least one sequence"):
+        Foresight(toy_workload([[1, 1]], counts=np.zeros((0, 1, 2), np.int32)))
+    with pytest.raises(InputError, match=r"the corpus counts \[1, 3\] experts \[L, E\]; the run has \[2, 3\]"):
+        Foresight(corpus).begin(Shape(3, (1, 1)))
+    with pytest.raises(InputError, match=r"\[1, 3\] experts \[L, E\]; the run has \[1, 8\]"):
+        policy("gain", corpus=corpus).initial(Shape(8, (1,), costs_of()))
+
+
+# --- what is decided ---
+
+
+class Told(Score):
+    """Expects what it is told, whatever happens."""
+
+    def __init__(self, worth: Sequence[float], at_start: Sequence[float]) -> None:
+        self._worth, self.at_start = worth, np.array([at_start])
+        self.rows = np.ones((1, len(worth)), np.int32)
+
+    def begin(self, shape: Shape) -> None:
+        super().begin(shape)
+        self.table[:] = self._worth
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch):
+    """Make a policy that thinks eight experts worth so much, and begins with experts 6 and 7 or others."""
+
+    def make(worth: dict[int, float], start: Sequence[int] = (6, 7)) -> Gain:
+        table = [worth.get(expert, 0.0) for expert in range(8)]
+        at_start = [float(expert in start) for expert in range(8)]
+        monkeypatch.setattr(gain, "Foresight", lambda _: Told(table, at_start))
+        return Gain(toy_workload([[2] * 8]))
+
+    return make
+
+
+def costs_of(machine=None, **changes) -> Costs:
+    changes = {"copies": "background", "host": "parallel"} | changes
+    return Costs(TOY, machine or toy_hardware(), toy_execution(**changes), max_rows=40)
+
+
+def asked(made: Gain, counts: Sequence[int], costs: Costs, *, residents: Sequence[int] = (6, 7)) -> Serving:
+    """The answer to the first forward that it sees, with two slots."""
+    made.initial(Shape(8, (2,), costs))
+    rows, is_resident = np.array(counts, np.int32), np.zeros((1, 8), np.bool_)
+    is_resident[0, list(residents)] = True
+    made.observe(info(), 0, rows, is_resident)
+    return made.serve(info(), 0, np.flatnonzero((rows > 0) & ~is_resident[0]).tolist(), rows, is_resident)
+
+
+@pytest.mark.parametrize(
+    ("copies", "host", "num_fetched"),
+    [
+        # Device, the link's 310 a copy and 100 for the last, beside the host's 770 for each of the others:
+        # k = 3: max(1030, 2310), k = 4: max(1340, 1540) = 1540, k = 5: max(1650, 770) = 1650.
+        ("background", "parallel", 4),
+        # Copy and run one after another, 410 each: k = 3: max(1230, 2310), k = 4: max(1640, 1540) = 1640, k = 5: 2050.
+        ("blocking", "parallel", 4),
+        # One after the other: each fetched one saves 770 and takes 310, or 410.
+        ("background", "serial", 6),
+        ("blocking", "serial", 6),
+    ],
+)
+def test_as_many_are_fetched_just_in_time_as_make_the_layer_shortest(told, copies, host, num_fetched: int) -> None:
+    costs = costs_of(copies=copies, host=host)
+    serving = asked(told({}), [1, 1, 1, 1, 1, 1, 0, 0], costs)
+    # Worth nothing later, they go through scratch memory; of equal ones the lower ids.
+    assert serving == Serving(drop=tuple(range(num_fetched)))
+
+
+def test_those_that_take_the_host_longest_are_fetched_first(told) -> None:
+    # One, three and two rows take the host 770, 1170 and 970. k = 1: max(410, 1740), k = 2: max(720, 770), k = 3: 1030.
+    assert asked(told({}), [1, 3, 2, 0, 0, 0, 0, 0], costs_of()) == Serving(drop=(1, 2))
+
+
+def test_on_a_tie_fewer_are_fetched(told) -> None:
+    # One miss of one row: 410 if it is fetched, and by the host 100 + 50 + 20 + 200 = 370, or 40 more for its call.
+    for call_overhead_s, drop in ((89e-9, ()), (90e-9, ()), (91e-9, (0,))):
+        machine = hardware("host", bytes_per_s=0.24e9, call_overhead_s=call_overhead_s)
+        costs = costs_of(machine, copies="blocking", host="serial")
+        assert asked(told({}), [1, 0, 0, 0, 0, 0, 0, 0], costs).drop == drop
+
+
+def test_where_a_copy_never_pays_nothing_moves(rng) -> None:
+    # An expert of one row takes 370 on the host, and is worth at most 2.533 x 370 = 937 later: a copy of 1210 and its
+    # run of 100 never pay. With blocking copies nothing else begins one. Each of its 91 parts takes 10 more.
+    machine = hardware("host", bytes_per_s=0.24e9)
+    tables = rng.permuted(np.tile([1, 1, 1, 1, 1, 1, 0, 0], (30, 1)), axis=1).tolist()
+    made = Gain(sequences_of(tables))
+    _, result = play(tables, made, machine=machine, copies="blocking", host="serial", copies_per_expert=91)
+    assert (result.promotions, result.drops, result.num_copies) == (0, 0, 0)
+    assert result.misses > 0
+
+
+def test_who_is_worth_more_than_the_worst_resident_stays(told) -> None:
+    # Both are fetched, in max(2 x 310 + 100, 0) = 720 rather than max(410, 770). Expert 0 beats 6 and takes its slot,
+    # expert 1 would have to beat 7. What is worth most comes first.
+    serving = asked(told({0: 1.0, 1: 0.25, 6: 0.5, 7: 2.0}), [1, 1, 0, 0, 0, 0, 0, 0], costs_of())
+    assert serving == Serving(Moves((0,), (6,)), drop=(1,))
+    serving = asked(told({0: 0.25, 1: 1.0, 6: 2.0, 7: 0.5}), [1, 1, 0, 0, 0, 0, 0, 0], costs_of())
+    assert serving == Serving(Moves((1,), (7,)), drop=(0,))
+    # Worth as much as the worst resident is not worth more.
+    assert asked(told({0: 0.5, 6: 0.5, 7: 2.0}), [1, 0, 0, 0, 0, 0, 0, 0], costs_of()) == Serving(drop=(0,))
+
+
+def test_what_stays_may_cost_time_now(told) -> None:
+    # The host takes 370 and copy and run 410: nobody is fetched for this forward's sake. Later it saves 370 for each
+    # use that its victim would not have had: 0.2 of them pay the 40, 0.1 do not.
+    costs = costs_of(hardware("host", bytes_per_s=0.24e9), copies="blocking", host="serial")
+    one = [1, 0, 0, 0, 0, 0, 0, 0]
+    assert asked(told({0: 1.2, 6: 1.0, 7: 1.0}), one, costs) == Serving(Moves((0,), (6,)))
+    assert asked(told({0: 1.1, 6: 1.0, 7: 1.0}), one, costs) == Serving()
+
+
+def test_free_slots_are_used_first(told) -> None:
+    for worth in (0.2, 2.0):
+        made = told({0: 1.0, 1: 0.25, 7: worth})
+        assert asked(made, [1, 0, 0, 0, 0, 0, 0, 0], costs_of(), residents=[7]) == Serving(Moves((0,), ()))
+    assert asked(made, [1, 1, 0, 0, 0, 0, 0, 0], costs_of(), residents=[7]) == Serving(Moves((0,), ()), drop=(1,))
+    made = told({0: 1.0, 1: 0.25, 7: 0.2})
+    assert asked(made, [1, 1, 0, 0, 0, 0, 0, 0], costs_of(), residents=[7]) == Serving(Moves((0, 1), (7,)))
+    assert refreshed(made, [7]) == Moves((0,), ())
+    assert refreshed(told({7: 0.2}), [7]) == NO_MOVES
+
+
+def refreshed(made: Gain, residents: Sequence[int], **changes) -> Moves:
+    """The refresh after a forward without misses."""
+    asked(made, [0] * 8, costs_of(**changes), residents=residents)
+    is_resident = np.zeros((1, 8), np.bool_)
+    is_resident[0, list(residents)] = True
+    return made.refresh(info(), 0, np.zeros(8, np.int32), is_resident)
+
+
+def test_an_idle_link_brings_in_the_best_for_the_worst(told) -> None:
+    made = told({2: 1.0, 3: 1.0, 4: 0.9, 6: 0.5, 7: 2.0})
+    assert refreshed(made, [6, 7]) == Moves((2,), (6,))
+    # Only if it is worth so much more that the copy is not in the way.
+    assert refreshed(told({2: 1.04, 6: 1.0, 7: 2.0}), [6, 7]) == NO_MOVES
+    assert refreshed(told({2: 1.06, 6: 1.0, 7: 2.0}), [6, 7]) == Moves((2,), (6,))
+    # With blocking copies no link is idle, with every expert there nobody is absent, and without a slot nobody stays.
+    assert refreshed(made, [6, 7], copies="blocking") == NO_MOVES
+    assert refreshed(made, range(8)) == NO_MOVES
+    made.initial(Shape(8, (0,), costs_of()))
+    assert made.refresh(info(), 0, np.zeros(8, np.int32), np.zeros((1, 8), np.bool_)) == NO_MOVES
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(0, [True, False, True, False, True]), (1, [True, True, True, True, True])]
+)
+def test_a_busy_link_brings_in_nobody(told, rows: int, expected: list[bool]) -> None:
+    # The copy takes 1110, a layer 1000, and 200 more if both residents have rows: it ends in the second one, or before.
+    made = told({2: 1.0, 6: 0.5, 7: 2.0})
+    made.initial(Shape(8, (2,), costs_of(copies_per_expert=81)))
+    counts, is_resident = np.array([0] * 6 + [rows] * 2, np.int32), np.zeros((1, 8), np.bool_)
+    is_resident[0, [6, 7]] = True
+    answers = []
+    for index in range(5):
+        made.observe(info(index), 0, counts, is_resident)
+        made.serve(info(index), 0, [], counts, is_resident)
+        answers.append(bool(made.refresh(info(index), 0, counts, is_resident)))
+    assert answers == expected
+
+
+def test_without_predicted_times_it_cannot_decide() -> None:
+    with pytest.raises(InputError, match="policy 'gain' decides by predicted times; give the machine's profile"):
+        policy("gain", corpus=toy_workload([[2] * 8])).initial(Shape(8, (2,)))
+
+
+def test_it_begins_with_those_that_blocks_begin_with() -> None:
+    corpus = sequences_of([[0, 0, 2, 2], [4, 0, 0, 0], [4, 0, 0, 0]], [[0, 0, 0, 4], [4, 0, 0, 0]])
+    model_costs = costs_of()
+    assert Gain(corpus).initial(Shape(4, (1,), model_costs)).experts == ((3,),)
+    assert Gain(corpus).initial(Shape(4, (3,), model_costs)).experts == ((0, 2, 3),)
+
+
+def test_decisions_are_the_same_in_every_run_and_of_every_object(rng) -> None:
+    tables = rng.permuted(np.tile([2, 1, 1, 1, 1, 0, 0, 0], (20, 1)), axis=1).tolist()
+    corpus = sequences_of(tables[:10], tables[10:])
+    once, again = Gain(corpus), Gain(corpus)
+    runs = [play(tables, made, copies="background", host="parallel") for made in (once, once, again)]
+    assert runs[0] == runs[1] == runs[2]
+    assert runs[0][1].promotions > 0
+    assert runs[0][1].drops > 0
+
+
+def test_a_forward_runs_as_it_was_decided(told) -> None:
+    # Residents 0, with a row, and 7. Of five misses k are fetched: device 100, then each at 310 k + 100, beside the
+    # host's 770 for each of the rest: k = 3: 1540, k = 4: 1340, k = 5: 1650. Expert 2 is worth more than 7 and stays.
+    # Then the link is idle, and expert 1 is worth more than 0.
+    made = told({0: 2.0, 1: 2.4, 2: 3.0, 7: 0.5}, start=(0, 7))
+    timeline, result = play([[1, 0, 1, 1, 1, 1, 1, 0]], made, copies="background", host="parallel")
+    assert timeline == [
+        ("device", "entry", 0, 200),
+        ("device", "dense", 200, 1200),
+        ("device", "experts", 1200, 1300),
+        ("h2d", "promote 2", 1200, 1510),
+        ("host", "experts", 1200, 1970),
+        ("device", "expert 2", 1510, 1610),
+        ("h2d", "promote 3", 1510, 1820),
+        ("device", "expert 3", 1820, 1920),
+        ("h2d", "promote 4", 1820, 2130),
+        ("device", "expert 4", 2130, 2230),
+        ("h2d", "promote 5", 2130, 2440),
+        ("device", "expert 5", 2440, 2540),
+        ("device", "head", 2540, 3540),
+        ("h2d", "promote 1", 2540, 2850),
+    ]
+    assert (result.hits, result.misses, result.promotions, result.evictions, result.drops) == (1, 5, 2, 2, 3)
+
+
+# --- times on paper ---
+
+
+@st.composite
+def layers(draw: st.DrawFn):
+    """What a layer of the toy network may cost, and who has rows and is resident."""
+    choices = {
+        "copies": st.sampled_from(["blocking", "background"]),
+        "kernels": st.sampled_from(["loop", "grouped"]),
+        "host": st.sampled_from(["serial", "parallel"]),
+        "host_calls": st.sampled_from(["expert", "layer"]),
+        "returns": st.sampled_from(["row", "pair"]),
+        "is_async": st.booleans(),
+    }
+    changes = {key: draw(choice) for key, choice in choices.items()}
+    curve = draw(st.sampled_from([None, Curve((1, 2, 8), (0.3e9, 0.4e9, 0.5e9))]))
+    machine = hardware("device", eager_op_s=30e-9, grouped_overhead_s=70e-9, expert_curve=curve)
+    counts = np.array(draw(st.lists(st.integers(0, 5), min_size=8, max_size=8)), np.int32)
+    is_resident = np.array(draw(st.lists(st.booleans(), min_size=8, max_size=8)))
+    order = draw(st.permutations(range(8)))
+    missed = [expert for expert in order if counts[expert] and not is_resident[expert]]
+    return costs_of(machine, **changes), counts, is_resident, missed
+
+
+@settings(deadline=None)
+@given(
+    layers(),
+    st.sampled_from([0.0, 310.0, 5.0]),
+    st.sampled_from([0.0, 777.0]),
+    st.lists(st.booleans(), max_size=8),
+)
+def test_a_layer_takes_what_its_parts_take_one_after_another_or_beside_each_other(
+    layer, copy_ns, backlog_ns, is_held_up
+) -> None:
+    costs, counts, is_resident, missed = layer
+    work, routed = LayerWork(costs, info(tokens=5), counts, is_resident), Routed(counts[None], 5, costs)
+    expected = []
+    for number in range(len(missed) + 1):
+        parts = routed.split(0, is_resident, missed[number:])
+        assert work.device_ns == parts.kernel_ns + parts.launch_ns
+        arrived_ns, device_ns = backlog_ns, float(work.device_ns)
+        for expert, waits in zip(missed[:number], [*is_held_up, *[False] * 8], strict=False):
+            arrived_ns = max(arrived_ns, work.device_ns if waits else 0.0) + copy_ns
+            start_ns = max(device_ns, arrived_ns) if costs.execution.copies == "background" else device_ns + copy_ns
+            device_ns = start_ns + sum(routed.alone(0, expert))
+        is_parallel = costs.execution.host == "parallel"
+        expected.append(max(device_ns, parts.host_ns) if is_parallel else device_ns + parts.host_ns)
+    assert work.times_ns(
+        np.array(missed, np.intp), copy_ns, backlog_ns, np.array(is_held_up, np.bool_)
+    ) == pytest.approx(np.array(expected))
+
+
+def test_the_paper_clock_knows_how_long_the_link_is_busy() -> None:
+    paper = PaperClock(costs_of())
+    assert (paper.is_link_idle, paper.backlog_ns) == (True, 0)
+    paper.pass_layer(500, 3)  # three copies of 310 began with it
+    assert (paper.is_link_idle, paper.backlog_ns) == (False, 430)
+    paper.pass_copy()
+    assert paper.backlog_ns == 740
+    paper.pass_dense(info(tokens=3))
+    assert (paper.is_link_idle, paper.backlog_ns) == (True, 0)
+    paper.pass_copy()  # now, not when the link was done
+    assert paper.backlog_ns == 310
+    paper.pass_layer(400, 0)
+    assert (paper.is_link_idle, paper.backlog_ns) == (True, 0)
+    paper.pass_layer(100, 2)
+    assert paper.backlog_ns == 520
+
+
+def test_blocking_copies_leave_no_backlog_and_no_idle_link() -> None:
+    paper = PaperClock(costs_of(copies="blocking"))
+    paper.pass_layer(500, 3)
+    assert (paper.is_link_idle, paper.backlog_ns) == (False, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "copy_ns", "saving_ns"),
+    [
+        ({}, 310, 770 * 310 / 1080),
+        ({"host": "serial"}, 310, 770),
+        ({"copies": "blocking"}, 310, 770),
+        # Out to fresh memory in 510, then in. Beside each other both directions keep half of their bandwidth.
+        ({"copies": "blocking", "write_back": True}, 310 + 510, 770),
+        ({"write_back": True}, 1010, 770 * 1010 / 1780),
+    ],
+)
+def test_what_a_copy_takes_and_a_miss_less_saves(changes, copy_ns: float, saving_ns: float) -> None:
+    paper = PaperClock(costs_of(**changes))
+    assert (paper.copy_ns, paper.saving_ns[1]) == (copy_ns, pytest.approx(saving_ns))
