@@ -17,7 +17,7 @@ from toy import TOY, toy_execution, toy_hardware, toy_workload
 from tidesim.errors import InputError
 from tidesim.execution import Costs
 from tidesim.hardware import Curve
-from tidesim.policies import ForwardInfo, Serving, Shape, gain, policy
+from tidesim.policies import Ahead, ForwardInfo, Serving, Shape, gain, policy
 from tidesim.policies.foresight import FADE, Foresight, Memory, situation, uses_to_come
 from tidesim.policies.gain import Gain, LayerWork, PaperClock
 from tidesim.policies.pieces import Score
@@ -277,45 +277,53 @@ def test_free_slots_are_used_first(told) -> None:
     assert asked(made, [1, 1, 0, 0, 0, 0, 0, 0], costs_of(), residents=[7]) == Serving(Moves((0,), ()), drop=(1,))
     made = told({0: 1.0, 1: 0.25, 7: 0.2})
     assert asked(made, [1, 1, 0, 0, 0, 0, 0, 0], costs_of(), residents=[7]) == Serving(Moves((0, 1), (7,)))
-    assert refreshed(made, [7]) == Moves((0,), ())
-    assert refreshed(told({7: 0.2}), [7]) == NO_MOVES
+    assert ahead(made, [7]) == Moves((0,), ())
+    assert ahead(told({7: 0.2}), [7]) == NO_MOVES
 
 
-def refreshed(made: Gain, residents: Sequence[int], **changes) -> Moves:
-    """The refresh after a forward without misses."""
+def ahead(made: Gain, residents: Sequence[int], **changes) -> Moves:
+    """The moves ahead, of the one layer there is, in a forward without misses."""
     asked(made, [0] * 8, costs_of(**changes), residents=residents)
     is_resident = np.zeros((1, 8), np.bool_)
     is_resident[0, list(residents)] = True
-    return made.refresh(info(), 0, np.zeros(8, np.int32), is_resident)
+    return moved(made.ahead(info(), 0, np.zeros(8, np.int32), is_resident))
+
+
+def moved(answer: Sequence[Ahead]) -> Moves:
+    """The moves of an answer that names at most one layer."""
+    assert len(answer) <= 1
+    return answer[0].moves if answer else NO_MOVES
 
 
 def test_an_idle_link_brings_in_the_best_for_the_worst(told) -> None:
     made = told({2: 1.0, 3: 1.0, 4: 0.9, 6: 0.5, 7: 2.0})
-    assert refreshed(made, [6, 7]) == Moves((2,), (6,))
+    assert ahead(made, [6, 7]) == Moves((2,), (6,))
     # Only if it is worth so much more that the copy is not in the way.
-    assert refreshed(told({2: 1.04, 6: 1.0, 7: 2.0}), [6, 7]) == NO_MOVES
-    assert refreshed(told({2: 1.06, 6: 1.0, 7: 2.0}), [6, 7]) == Moves((2,), (6,))
+    assert ahead(told({2: 1.04, 6: 1.0, 7: 2.0}), [6, 7]) == NO_MOVES
+    assert ahead(told({2: 1.06, 6: 1.0, 7: 2.0}), [6, 7]) == Moves((2,), (6,))
     # With blocking copies no link is idle, with every expert there nobody is absent, and without a slot nobody stays.
-    assert refreshed(made, [6, 7], copies="blocking") == NO_MOVES
-    assert refreshed(made, range(8)) == NO_MOVES
+    assert ahead(made, [6, 7], copies="blocking") == NO_MOVES
+    assert ahead(made, range(8)) == NO_MOVES
     made.initial(Shape(8, (0,), costs_of()))
-    assert made.refresh(info(), 0, np.zeros(8, np.int32), np.zeros((1, 8), np.bool_)) == NO_MOVES
+    assert moved(made.ahead(info(), 0, np.zeros(8, np.int32), np.zeros((1, 8), np.bool_))) == NO_MOVES
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(0, [True, False, True, False, True]), (1, [True, True, True, True, True])]
+    ("rows", "expected"), [(0, [True, False, True, False, True]), (1, [True, True, False, True, False])]
 )
 def test_a_busy_link_brings_in_nobody(told, rows: int, expected: list[bool]) -> None:
-    # The copy takes 1110, a layer 1000, and 200 more if both residents have rows: it ends in the second one, or before.
+    # A copy takes 2110, a forward 1000, and 200 more if both residents have rows. Routers are done at 1000, 2000, ...:
+    # copies end at 3110 (later than the router at 3000), at 5220 (later than the one at 5000), ...; or routers at 1000,
+    # 2200, 3400, ...: copies end at 3110, and at 5220 (later than the one at 4600), ...
     made = told({2: 1.0, 6: 0.5, 7: 2.0})
-    made.initial(Shape(8, (2,), costs_of(copies_per_expert=81)))
+    made.initial(Shape(8, (2,), costs_of(copies_per_expert=181)))
     counts, is_resident = np.array([0] * 6 + [rows] * 2, np.int32), np.zeros((1, 8), np.bool_)
     is_resident[0, [6, 7]] = True
     answers = []
     for index in range(5):
         made.observe(info(index), 0, counts, is_resident)
         made.serve(info(index), 0, [], counts, is_resident)
-        answers.append(bool(made.refresh(info(index), 0, counts, is_resident)))
+        answers.append(bool(made.ahead(info(index), 0, counts, is_resident)))
     assert answers == expected
 
 
@@ -344,7 +352,7 @@ def test_decisions_are_the_same_in_every_run_and_of_every_object(rng) -> None:
 def test_a_forward_runs_as_it_was_decided(told) -> None:
     # Residents 0, with a row, and 7. Of five misses k are fetched: device 100, then each at 310 k + 100, beside the
     # host's 770 for each of the rest: k = 3: 1540, k = 4: 1340, k = 5: 1650. Expert 2 is worth more than 7 and stays.
-    # Then the link is idle, and expert 1 is worth more than 0.
+    # The link would be idle before the next router is done, and expert 1 is worth more than 0.
     made = told({0: 2.0, 1: 2.4, 2: 3.0, 7: 0.5}, start=(0, 7))
     timeline, result = play([[1, 0, 1, 1, 1, 1, 1, 0]], made, copies="background", host="parallel")
     assert timeline == [
@@ -360,8 +368,8 @@ def test_a_forward_runs_as_it_was_decided(told) -> None:
         ("device", "expert 4", 2130, 2230),
         ("h2d", "promote 5", 2130, 2440),
         ("device", "expert 5", 2440, 2540),
+        ("h2d", "promote 1", 2440, 2750),
         ("device", "head", 2540, 3540),
-        ("h2d", "promote 1", 2540, 2850),
     ]
     assert (result.hits, result.misses, result.promotions, result.evictions, result.drops) == (1, 5, 2, 2, 3)
 
@@ -419,26 +427,35 @@ def test_a_layer_takes_what_its_parts_take_one_after_another_or_beside_each_othe
 
 
 def test_the_paper_clock_knows_how_long_the_link_is_busy() -> None:
-    paper = PaperClock(costs_of())
-    assert (paper.is_link_idle, paper.backlog_ns) == (True, 0)
+    paper, forward = PaperClock(costs_of()), info(tokens=3)  # a dense part of 1000
+    assert (paper.has_idle_link(forward), paper.backlog_ns) == (True, 0)
     paper.pass_layer(500, 3)  # three copies of 310 began with it
-    assert (paper.is_link_idle, paper.backlog_ns) == (False, 430)
+    assert (paper.has_idle_link(forward), paper.backlog_ns) == (True, 430)
     paper.pass_copy()
-    assert paper.backlog_ns == 740
-    paper.pass_dense(info(tokens=3))
-    assert (paper.is_link_idle, paper.backlog_ns) == (True, 0)
-    paper.pass_copy()  # now, not when the link was done
-    assert paper.backlog_ns == 310
+    assert (paper.has_idle_link(forward), paper.backlog_ns) == (True, 740)
+    paper.pass_copy()  # it ends at 1550, and the next router is done at 1500
+    assert (paper.has_idle_link(forward), paper.backlog_ns) == (False, 1050)
+    paper.pass_dense(forward)
+    assert (paper.has_idle_link(forward), paper.backlog_ns) == (True, 50)
     paper.pass_layer(400, 0)
-    assert (paper.is_link_idle, paper.backlog_ns) == (True, 0)
-    paper.pass_layer(100, 2)
-    assert paper.backlog_ns == 520
+    paper.pass_copy()  # it began when the link was done, at 1550, while the layer ran
+    assert (paper.has_idle_link(forward), paper.backlog_ns) == (True, 0)
+    paper.pass_dense(forward)
+    paper.pass_copy()  # when the router was done, at 2900, not when the link was
+    assert paper.backlog_ns == 310
 
 
 def test_blocking_copies_leave_no_backlog_and_no_idle_link() -> None:
     paper = PaperClock(costs_of(copies="blocking"))
     paper.pass_layer(500, 3)
-    assert (paper.is_link_idle, paper.backlog_ns) == (False, 0)
+    assert (paper.has_idle_link(info()), paper.backlog_ns) == (False, 0)
+
+
+def test_behind_the_last_layer_comes_the_first() -> None:
+    made = Gain(toy_workload([[2] * 8] * 3))
+    made.initial(Shape(8, (1, 1, 1), costs_of()))
+    nobody, nothing = np.zeros((3, 8), np.bool_), np.zeros(8, np.int32)
+    assert [made.ahead(info(), layer, nothing, nobody)[0].layer for layer in range(3)] == [1, 2, 0]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ machine's profile predicts:
 3. *Who stays?* An expert that was fetched stays if it is worth more than the resident that is worth least, whose place
    it takes. Otherwise it goes through scratch memory and is forgotten. So a budget below what a forward touches does
    no harm, where a cache would evict what it needs next.
-4. *Idle link.* If the link has nothing to do when the layer is done, the best absent expert comes in, provided that it
-   is worth more than the worst resident: what the next block will want comes while this one ends.
+4. *Idle link.* If the link would have nothing to do before the next layer's router is done, the best absent expert of
+   that layer comes in, provided that it is worth more than the worst resident there. If it is used at once, its fetch
+   has merely begun earlier; and what the next block will want comes while this one ends.
 5. *Prefill* needs nearly all experts once. It is decided by the same sums; that its use says little about what comes
    next is in the expectation, which is learnt apart for it.
 
@@ -36,6 +37,7 @@ from tidesim.policies.composition import MostPopular
 from tidesim.policies.foresight import Foresight
 from tidesim.policies.interface import (
     ALL_ON_HOST,
+    Ahead,
     Counts,
     ForwardInfo,
     Mask,
@@ -44,7 +46,7 @@ from tidesim.policies.interface import (
     Serving,
     Shape,
 )
-from tidesim.residency import NO_MOVES, Moves, Placement
+from tidesim.residency import Moves, Placement
 from tidesim.workload import Workload
 
 Floats = npt.NDArray[np.float64]
@@ -123,21 +125,22 @@ class Gain(Policy):
         evict = victims[: max(0, len(keep) - num_free)].tolist()
         return Serving(Moves(tuple(keep), tuple(evict)), tuple(drop))
 
-    def refresh(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> Moves:
-        """One more expert if the link is idle: the best absent one for the worst resident."""
-        if not self._paper.is_link_idle:
-            return NO_MOVES
-        worth_ns, mine = self._worth_ns(layer), is_resident[layer]
-        victims, num_free = self._victims(layer, mine)
+    def ahead(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> Sequence[Ahead]:
+        """One expert of the next layer, if the link would be idle: the best absent one for the worst resident."""
+        target = (layer + 1) % len(is_resident)
+        if not self._paper.has_idle_link(forward):
+            return ()
+        worth_ns, mine = self._worth_ns(target), is_resident[target]
+        victims, num_free = self._victims(target, mine)
         absent = np.flatnonzero(~mine)
         if not len(absent) or not (num_free or len(victims)):
-            return NO_MOVES
+            return ()
         best = int(absent[np.argmax(worth_ns[absent])])
         least_ns = 0.0 if num_free else worth_ns[victims[0]] + _LEAST_LEAD * self._paper.saving_ns[1]
         if worth_ns[best] <= least_ns:
-            return NO_MOVES
+            return ()
         self._paper.pass_copy()
-        return Moves((best,), () if num_free else (int(victims[0]),))
+        return [Ahead(target, Moves((best,), () if num_free else (int(victims[0]),)))]
 
 
 def _leads(worth_ns: Floats, room_ns: Floats) -> Floats:
@@ -218,21 +221,25 @@ class PaperClock:
         is_shared = self._is_background and costs.execution.host == "parallel"
         both_ns = np.maximum(host_ns + self.copy_ns, 1.0)
         self.saving_ns: Floats = host_ns * self.copy_ns / both_ns if is_shared else host_ns
-        self._now_ns = self._link_free_ns = 0.0
+        self._router_ns = self._now_ns = self._link_free_ns = 0.0
 
     @property
     def backlog_ns(self) -> float:
         """What the link still has to do."""
         return max(0.0, self._link_free_ns - self._now_ns)
 
-    @property
-    def is_link_idle(self) -> bool:
-        """Whether copies run beside everything else and the link has nothing to do."""
-        return self._is_background and self._link_free_ns <= self._now_ns
+    def has_idle_link(self, forward: ForwardInfo) -> bool:
+        """Whether copies run beside everything else and the link is free before the next layer's router is done."""
+        return self._is_background and self._link_free_ns < self._now_ns + self._dense_ns(forward)
 
     def pass_dense(self, forward: ForwardInfo) -> None:
-        """The dense part of a layer; what it attends to besides its own rows is left out."""
-        self._now_ns += float(sum(self.costs.layer_ns(np.array(forward.tokens), np.array(0))))
+        """The dense part of a layer, up to its router."""
+        self._now_ns += self._dense_ns(forward)
+        self._router_ns = self._now_ns
+
+    def _dense_ns(self, forward: ForwardInfo) -> float:
+        """What it attends to besides its own rows is left out, and so is what lies between two forwards."""
+        return float(sum(self.costs.layer_ns(np.array(forward.tokens), np.array(0))))
 
     def pass_layer(self, layer_ns: float, num_copies: int) -> None:
         """The routed experts of a layer, and the copies that began with them."""
@@ -241,5 +248,5 @@ class PaperClock:
         self._now_ns += layer_ns
 
     def pass_copy(self) -> None:
-        """One copy in the background."""
-        self._link_free_ns = max(self._link_free_ns, self._now_ns) + self.copy_ns
+        """One copy more, behind those that began when the router was done."""
+        self._link_free_ns = max(self._link_free_ns, self._router_ns) + self.copy_ns
