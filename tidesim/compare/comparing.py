@@ -38,7 +38,7 @@ class Row:
     ceiling : the bound on runs like it: under its execution, with slots of each layer's own, or with slots that all
         layers share.
     scratch : experts of scratch memory, which it has that much fewer slots for.
-    is_best_of_family : whether no other interval of the same policy is faster.
+    is_best_of_family : whether no other interval of the same policy is faster; of equally fast ones, the shortest.
     """
 
     name: str
@@ -313,10 +313,10 @@ def _rows(
 ) -> tuple[Row, ...]:
     """Those that ran, the fastest first; of equally fast ones as they were named."""
     ran = [(one, outcome, outcome.result) for one, outcome in zip(who, outcomes, strict=True)]
-    best: dict[str | None, int] = {}
+    best: dict[str | None, tuple[int, str]] = {}
     for one, _, result in ran:
-        if result is not None:
-            best[one.family] = min(result.makespan_ns, best.get(one.family, result.makespan_ns))
+        if result is not None and (one.family not in best or result.makespan_ns < best[one.family][0]):
+            best[one.family] = result.makespan_ns, one.name
     rows = [
         Row(
             name=one.name,
@@ -325,7 +325,7 @@ def _rows(
             family=one.family,
             scratch=outcome.scratch,
             is_routing_only=outcome.is_routing_only,
-            is_best_of_family=one.family is None or result.makespan_ns == best[one.family],
+            is_best_of_family=one.family is None or one.name == best[one.family][1],
         )
         for one, outcome, result in ran
         if result is not None
