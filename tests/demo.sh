@@ -9,5 +9,7 @@ say trace --model llada2-tiny --limit 1 --gen-length 64 --show-text --overwrite 
 say trace --model llada2-tiny --gen-length 96 --overwrite --out "$RUNS/trace.h5"
 say inspect "$RUNS/trace.h5"
 say simulate --trace "$RUNS/trace.h5" --model llada2.0-mini --hardware rtx4090.yaml --policy tide --budget 96
+say compare --trace "$RUNS/trace.h5" --model llada2.0-mini --hardware rtx4090.yaml --budget 96 \
+    --policy gain --policy tide-as-coded --policy lru --policy freetoken-hybrid
 say plan --trace "$RUNS/trace.h5" --model llada2.0-mini --hardware rtx4090.yaml --out "$RUNS/plan.json"
 say run --model llada2-tiny --policy tide-as-coded --budget 64 --limit 1 --gen-length 64

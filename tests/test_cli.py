@@ -354,7 +354,7 @@ def test_compare_shows_the_origin_the_ceiling_and_every_policy(
         "of ceiling",
         "lru",
         "tide, tau=1",
-        "best in",
+        "static in hindsight",
         "known before",
     ):
         assert said in out

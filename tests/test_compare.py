@@ -23,7 +23,7 @@ from tidesim.trace import Trace
 
 TWO_LAYERS = replace(TOY, num_layers=2)
 OVERLAPPED = toy_execution(copies="background", host="parallel")
-HINDSIGHT = "static, best in hindsight"
+HINDSIGHT = "static in hindsight"
 
 
 def random_workload(seed: int, num_forwards: int = 24, num_experts: int = 8):

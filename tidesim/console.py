@@ -253,7 +253,7 @@ def comparison_tables(document: Document) -> RenderableType:
         "most hits": f"{100 * document['hit_ceiling']:.1f} % in a cache that is filled on demand",
     }
     parts = {"dense": "dense", "device": "device", "launch": "launch", "host_wait": "host", "copy_wait": "copies"}
-    columns = ("tok/s", "of ceiling", "hits", "GB copied", *parts.values(), "link busy")
+    columns = ("tok/s", "of ceiling", "hits", "GB copied", *parts.values(), "link")
     is_whole = document["has_own_executions"]
     left = ("policy", "execution") if is_whole else ("policy",)
     table = _table("Policies, by predicted throughput", left=left, right=columns)

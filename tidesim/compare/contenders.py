@@ -66,7 +66,7 @@ def contenders(
     for name in chosen:
         if name not in POLICIES:
             raise InputError(f"no policy {name!r}; {nearest_name(name, POLICIES)}")
-    found = [Contender("static, best in hindsight", "static", (("popularity", "hindsight"),))]
+    found = [Contender("static in hindsight", "static", (("popularity", "hindsight"),))]
     for name in chosen:
         if "refresh_interval" in parameters_of(name):
             found += [
