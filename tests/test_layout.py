@@ -22,7 +22,7 @@ RANKS = (
     ("trace", "policies"),
     ("statistics", "synthesize", "simulator", "ceiling"),
     ("planner",),
-    ("compare",),
+    ("comparison",),
     ("engine", "report", "console"),
     ("validate",),
     ("cli",),

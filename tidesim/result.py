@@ -50,6 +50,16 @@ class Decision(NamedTuple):
     drop: tuple[int, ...] = ()
     ahead: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
 
+    @property
+    def num_promotions(self) -> int:
+        """Experts promoted, in this layer and in others."""
+        return len(self.promote) + sum(len(promote) for _, promote, _ in self.ahead)
+
+    @property
+    def num_evictions(self) -> int:
+        """Experts evicted, for this layer and for others."""
+        return len(self.evict) + sum(len(evict) for _, _, evict in self.ahead)
+
     def to_json(self) -> str:
         """One JSON object on one line, the same from the simulator and from the engine.
 

@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import replace
 
-from tidesim.compare import Comparison, Row, compare
+from tidesim.comparison import Comparison, Row, compare
 from tidesim.execution import EXECUTIONS
 from tidesim.hardware import load_hardware
 from tidesim.moe import MoEConfig, load_moe_config

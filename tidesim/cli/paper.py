@@ -32,8 +32,8 @@ from tidesim.cli.app import (
     numbers,
     reserve_bytes,
 )
-from tidesim.compare import OWN_EXECUTIONS
-from tidesim.compare import compare as run_comparison
+from tidesim.comparison import OWN_EXECUTIONS
+from tidesim.comparison import compare as run_comparison
 from tidesim.execution import Execution, execution, largest_budget
 from tidesim.hardware import Hardware, load_hardware
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config

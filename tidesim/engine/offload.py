@@ -26,7 +26,7 @@ from tidesim.engine.slots import Slots
 from tidesim.engine.times import Times
 from tidesim.errors import InputError
 from tidesim.execution import Costs, Execution
-from tidesim.policies import Ahead, ForwardInfo, Policy, Serving, Shape
+from tidesim.policies import Ahead, ForwardInfo, Policy, Serving, Shape, decided
 from tidesim.residency import Moves
 from tidesim.result import Decision
 from tidesim.workload import ForwardKind
@@ -164,7 +164,7 @@ class Offload:
         if self.is_background:
             moved.append(policy.refresh(self._next, layer, counts, everybody))
             self._move_later(layer, moved[-1])
-        self._count(layer, batch, moved, serving.drop, ahead)
+        self._count(decided(self._next, layer, batch.num_hits, batch.num_misses, moved, serving, ahead))
         self._passed("launch", layer)
         return output
 
@@ -246,18 +246,12 @@ class Offload:
         """What ran since the last stamp was `part`."""
         self.times.passed(part, layer, self.backend.stamp())
 
-    def _count(
-        self, layer: int, batch: Batch, moved: list[Moves], drop: tuple[int, ...], ahead: Sequence[Ahead]
-    ) -> None:
+    def _count(self, decision: Decision) -> None:
         """Write down what was decided for one layer of one forward."""
-        promote = tuple(expert for moves in moved for expert in moves.promote)
-        evict = tuple(expert for moves in moved for expert in moves.evict)
-        self.hits += batch.num_hits
-        self.misses += batch.num_misses
-        self.promotions += len(promote) + sum(len(moves.promote) for _, moves in ahead)
-        self.evictions += len(evict) + sum(len(moves.evict) for _, moves in ahead)
-        self.drops += len(drop)
+        self.hits += decision.hits
+        self.misses += decision.misses
+        self.promotions += decision.num_promotions
+        self.evictions += decision.num_evictions
+        self.drops += len(decision.drop)
         if self.decisions is not None:
-            elsewhere = tuple((there, moves.promote, moves.evict) for there, moves in ahead)
-            hits, misses = batch.num_hits, batch.num_misses
-            self.decisions(Decision(self._next.index, layer, promote, evict, hits, misses, drop, elsewhere))
+            self.decisions(decision)

@@ -33,7 +33,17 @@ from tidesim.policies.hybrid import (
     hybrimoe,
     ktransformers_dynamic,
 )
-from tidesim.policies.interface import ALL_ON_HOST, Ahead, ForwardInfo, MissAction, Policy, Serving, Shape, forwards_of
+from tidesim.policies.interface import (
+    ALL_ON_HOST,
+    Ahead,
+    ForwardInfo,
+    MissAction,
+    Policy,
+    Serving,
+    Shape,
+    decided,
+    forwards_of,
+)
 from tidesim.policies.prefetching import PreGated, finemoe, moe_infinity_paper, next_layer_prefetch
 from tidesim.policies.tide import rlx, tide, tide_as_coded
 
@@ -46,6 +56,7 @@ __all__ = [
     "Policy",
     "Serving",
     "Shape",
+    "decided",
     "forwards_of",
     "parameters_of",
     "policy",

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tidesim.execution import Costs
 from tidesim.residency import NO_MOVES, Moves, Placement
+from tidesim.result import Decision
 from tidesim.workload import ForwardKind, Workload
 
 Counts = npt.NDArray[np.int32]
@@ -109,6 +110,28 @@ class Ahead(NamedTuple):
 
     layer: int
     moves: Moves
+
+
+def decided(
+    forward: ForwardInfo,
+    layer: int,
+    hits: int,
+    misses: int,
+    moved: Sequence[Moves],
+    serving: Serving,
+    ahead: Sequence[Ahead],
+) -> Decision:
+    """All that a policy decided around a layer of a forward; `moved` are the moves in that layer, in their order."""
+    return Decision(
+        forward=forward.index,
+        layer=layer,
+        promote=tuple(expert for moves in moved for expert in moves.promote),
+        evict=tuple(expert for moves in moved for expert in moves.evict),
+        hits=hits,
+        misses=misses,
+        drop=serving.drop,
+        ahead=tuple((there, moves.promote, moves.evict) for there, moves in ahead),
+    )
 
 
 class Policy(ABC):

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import simpy
 
 from tidesim.execution import Costs
-from tidesim.policies import Ahead, ForwardInfo, Policy, Serving, Shape, forwards_of
+from tidesim.policies import Ahead, ForwardInfo, Policy, Serving, Shape, decided, forwards_of
 from tidesim.residency import Moves, Residency, Swap
 from tidesim.result import Decision, Interval
 from tidesim.simulator.books import Books
@@ -96,7 +96,7 @@ class Run:
         if self.is_background:
             moved.append(policy.refresh(forward, layer, counts, everybody))
             self.move_later(forward, layer, moved[-1])
-        self.books.count(forward.index, layer, work, moved, serving.drop, ahead)
+        self.books.count(decided(forward, layer, work.hits, work.misses, moved, serving, ahead))
 
     def run_in_turn(
         self, forward: ForwardInfo, layer: int, routed: Routed, work: Work, serving: Serving, missed: Collection[int]

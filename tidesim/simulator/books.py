@@ -1,15 +1,12 @@
 """What is written down about a run while it is going on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import simpy
 
 from tidesim.execution import Costs
-from tidesim.policies import Ahead
-from tidesim.residency import Moves
 from tidesim.result import PARTS, RESOURCES, Decision, Interval
-from tidesim.simulator.work import Work
 
 
 class Books:
@@ -69,36 +66,15 @@ class Books:
             # Whether a copy starts in the run's last instant or just after it is a matter of event order.
             self._timeline[:] = [interval for interval in self._timeline if interval.start_ns < self.now_ns]
 
-    def count(
-        self,
-        forward: int,
-        layer: int,
-        work: Work,
-        moved: Sequence[Moves],
-        drop: tuple[int, ...],
-        ahead: Sequence[Ahead],
-    ) -> None:
-        """Write down what was decided for one layer of one forward: its moves, and those in other layers."""
-        promote = tuple(expert for moves in moved for expert in moves.promote)
-        evict = tuple(expert for moves in moved for expert in moves.evict)
-        self.hits += work.hits
-        self.misses += work.misses
-        self.promotions += len(promote) + sum(len(moves.promote) for _, moves in ahead)
-        self.evictions += len(evict) + sum(len(moves.evict) for _, moves in ahead)
-        self.drops += len(drop)
+    def count(self, decision: Decision) -> None:
+        """Write down what was decided for one layer of one forward."""
+        self.hits += decision.hits
+        self.misses += decision.misses
+        self.promotions += decision.num_promotions
+        self.evictions += decision.num_evictions
+        self.drops += len(decision.drop)
         if self._decisions is not None:
-            self._decisions(
-                Decision(
-                    forward,
-                    layer,
-                    promote,
-                    evict,
-                    work.hits,
-                    work.misses,
-                    drop,
-                    tuple((there, moves.promote, moves.evict) for there, moves in ahead),
-                )
-            )
+            self._decisions(decision)
 
     def totals(self, costs: Costs) -> Mapping[str, Any]:
         """What a `RunResult` counts and times."""

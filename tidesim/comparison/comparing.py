@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tidesim.ceiling import Ceiling, hit_ceiling, time_ceiling
-from tidesim.compare.contenders import Contender, contenders
-from tidesim.compare.warnings import warnings_about
+from tidesim.comparison.contenders import Contender, contenders
+from tidesim.comparison.warnings import warnings_about
 from tidesim.errors import BudgetError, InputError
 from tidesim.execution import EXECUTIONS, Costs, Execution, check_memory
 from tidesim.hardware import Hardware

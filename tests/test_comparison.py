@@ -8,9 +8,9 @@ import pytest
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim.ceiling import hit_ceiling, time_ceiling
-from tidesim.compare import Comparison, Contender, compare, contenders
-from tidesim.compare.comparing import slots_left
-from tidesim.compare.warnings import warnings_about
+from tidesim.comparison import Comparison, Contender, compare, contenders
+from tidesim.comparison.comparing import slots_left
+from tidesim.comparison.warnings import warnings_about
 from tidesim.errors import BudgetError, InputError
 from tidesim.execution import Costs, device_memory, execution
 from tidesim.hardware import load_hardware

@@ -9,7 +9,7 @@ from test_cli import Run, base, run
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim.ceiling import time_ceiling
-from tidesim.compare import OWN_EXECUTIONS, Comparison, compare
+from tidesim.comparison import OWN_EXECUTIONS, Comparison, compare
 from tidesim.execution import EXECUTIONS, Costs, device_memory, execution
 from tidesim.policies import POLICIES, policy
 from tidesim.simulator import simulate
