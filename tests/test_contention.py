@@ -314,9 +314,10 @@ def test_a_contended_run_is_the_same_run_every_time_and_its_books_agree(case, co
         )
     assert runs[0] == runs[1]
     result, timeline, decisions = runs[0]
-    uncontended = []
-    run_case(case, decisions=uncontended.append)
-    assert decisions == uncontended
+    if make_policy(*case[3]).is_routing_only:
+        uncontended = []
+        run_case(case, decisions=uncontended.append)
+        assert decisions == uncontended
     busy = dict.fromkeys(result.busy_ns, 0)
     for interval in timeline:
         busy[interval.resource] += min(interval.end_ns, result.makespan_ns) - interval.start_ns
