@@ -230,7 +230,7 @@ contract = pytest.mark.parametrize("name", POLICIES)
 
 
 @contract
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(case=runs(), is_background=st.booleans())
 def test_moves_are_legal_and_never_exceed_the_budget(name, case, is_background):
     budgets, steps = case
@@ -242,7 +242,7 @@ def test_moves_are_legal_and_never_exceed_the_budget(name, case, is_background):
 
 
 @contract
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(case=runs())
 def test_a_second_run_with_the_same_object_repeats_the_first(name, case):
     budgets, steps = case
@@ -253,7 +253,7 @@ def test_a_second_run_with_the_same_object_repeats_the_first(name, case):
 
 
 @contract
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(case=runs())
 def test_a_budget_of_all_experts_needs_no_moves(name, case):
     budgets, steps = case

@@ -643,7 +643,7 @@ def test_a_prefetch_waits_behind_the_misses_of_its_own_layer():
 
 
 @pytest.mark.parametrize("name", ["pre-gated", "moe-infinity-paper", "finemoe", "next-layer-prefetch"])
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), num_layers=st.integers(2, 5), accuracy=st.floats(0, 1))
 def test_every_miss_is_served_and_every_run_repeats(name, seed, num_layers, accuracy):
     rng = np.random.default_rng(seed)

@@ -521,7 +521,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(case=runs(), is_background=st.booleans())
 def test_every_mode_keeps_the_contract(make, case, is_background):
     budgets, steps = case
