@@ -335,8 +335,9 @@ def mini_layer(context, num_forwards):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("profile", ["rtx4090", "a100-40gb"])
-@pytest.mark.parametrize(("name", "num_forwards"), [("overlapped", 200), ("tide-as-coded", 60)])
+@pytest.mark.parametrize(
+    ("profile", "name", "num_forwards"), [("rtx4090", "overlapped", 200), ("a100-40gb", "tide-as-coded", 60)]
+)
 def test_the_ascent_ends_close_to_the_best_prices(profile: str, name: str, num_forwards: int) -> None:
     workload = mini_layer(execution(name).context, num_forwards)
     model = replace(load_moe_config("llada2.0-mini"), num_layers=1)
