@@ -7,6 +7,9 @@ from concurrent.futures import ProcessPoolExecutor
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+# Called with how many cases are done, and how many are known to be needed so far.
+Progress = Callable[[int, int], None]
+
 Setting = TypeVar("Setting")
 Case = TypeVar("Case")
 Outcome = TypeVar("Outcome")

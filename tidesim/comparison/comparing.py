@@ -1,7 +1,7 @@
 """Run every contender on the same sequences and the same machine, and say how far each is from the ceiling."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,12 +20,11 @@ from tidesim.policies import Policy
 from tidesim.policies.knowledge import Knowledge
 from tidesim.result import RunResult
 from tidesim.simulator import simulate
-from tidesim.workers import Workers
+from tidesim.workers import Progress, Workers
 from tidesim.workload import Context, Workload
 
 # Refresh intervals that are tried for those that refresh.
 INTERVALS = (1, 2, 4, 8, 16, 32)
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tidesim.errors import InputError, nearest_name
 from tidesim.policies import POLICIES, parameters_of
 
 # References that do not use the same memory, and are no rivals.
@@ -63,17 +62,15 @@ def contenders(
     an unknown name.
     """
     chosen = [name for name in POLICIES if name not in _NOT_RIVALS] if names is None else dict.fromkeys(names)
-    for name in chosen:
-        if name not in POLICIES:
-            raise InputError(f"no policy {name!r}; {nearest_name(name, POLICIES)}")
     found = [Contender("static in hindsight", "static", (("popularity", "hindsight"),))]
     for name in chosen:
-        if "refresh_interval" in parameters_of(name):
+        params = parameters_of(name)
+        if "refresh_interval" in params:
             found += [
                 Contender(f"{name}, tau={interval}", name, (("refresh_interval", interval),), family=name)
                 for interval in intervals
             ]
-        elif "predictor" in parameters_of(name):
+        elif "predictor" in params:
             real = "look-ahead" if has_lookahead else "previous"
             found += [Contender(f"{name}, {how}", name, (("predictor", how),)) for how in ("oracle", real)]
         else:

@@ -29,13 +29,14 @@ from tidesim.planner.plan_fields import OBJECTIVES, POLICY_NAMES
 from tidesim.planner.plan_file import Machine, ModelSizes, Plan, Prediction, Proof, Routing, TideCode
 from tidesim.planner.plan_report import Baseline, PlanReport, Programme, Split, split_sequences
 from tidesim.planner.room import Room, measure_room
-from tidesim.planner.runs import REFRESHING, Case, Progress, Runs, Setting, make_policy
+from tidesim.planner.runs import REFRESHING, Case, Runs, Setting, make_policy
 from tidesim.planner.table import Table, fill_tables
 from tidesim.planner.tide_programme import TideProgramme, tide_programme
 from tidesim.policies import Shape, policy
 from tidesim.residency import Placement
 from tidesim.result import RunResult, tool_version
 from tidesim.trace import Trace
+from tidesim.workers import Progress
 from tidesim.workload import Workload
 
 _TUNED, _HELD_OUT, _TABLE = "tuned", "held-out", "table"

@@ -1,6 +1,6 @@
 """The runs that planning needs, each simulated once, on several processes at a time."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -14,11 +14,8 @@ from tidesim.moe import MoEConfig
 from tidesim.policies import Policy, policy
 from tidesim.result import RunResult
 from tidesim.simulator import simulate
-from tidesim.workers import Workers
+from tidesim.workers import Progress, Workers
 from tidesim.workload import Workload
-
-# Called with how many runs are done, and how many are known to be needed so far.
-Progress = Callable[[int, int], None]
 
 REFRESHING = ("tide", "tide-as-coded")
 

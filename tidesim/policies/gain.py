@@ -98,7 +98,7 @@ class Gain(Policy):
             return ALL_ON_HOST
         saved_ns = worth_ns[missed] + paper.costs.host_expert_ns[counts[missed]]
         experts = np.array(missed)[np.argsort(-saved_ns, kind="stable")]
-        victims, num_free = self._victims(layer, is_resident[layer])
+        victims, num_free = self._victims(layer, worth_ns, is_resident[layer])
         lead_ns = _leads(worth_ns[experts], np.concatenate([np.zeros(num_free), worth_ns[victims]]))
         # Who takes the slot of an expert that has rows comes only after that one has run.
         is_held_up = np.concatenate([np.zeros(num_free, np.bool_), counts[victims] > 0])
@@ -112,10 +112,10 @@ class Gain(Policy):
         worth_ns: Floats = self._foresight.of(layer) * self._paper.saving_ns[self._foresight.rows[layer]]
         return worth_ns
 
-    def _victims(self, layer: int, is_resident: Mask) -> tuple[npt.NDArray[np.intp], int]:
+    def _victims(self, layer: int, worth_ns: Floats, is_resident: Mask) -> tuple[npt.NDArray[np.intp], int]:
         """Residents, those worth least first, and the number of free slots."""
         residents = np.flatnonzero(is_resident)
-        order = np.argsort(self._worth_ns(layer)[residents], kind="stable")
+        order = np.argsort(worth_ns[residents], kind="stable")
         return residents[order], self._budgets[layer] - len(residents)
 
     def _serving(
@@ -131,7 +131,7 @@ class Gain(Policy):
         if not self._paper.has_idle_link(forward):
             return ()
         worth_ns, mine = self._worth_ns(target), is_resident[target]
-        victims, num_free = self._victims(target, mine)
+        victims, num_free = self._victims(target, worth_ns, mine)
         absent = np.flatnonzero(~mine)
         if not len(absent) or not (num_free or len(victims)):
             return ()

@@ -27,9 +27,8 @@ from tidesim.simulator import simulate
 from tidesim.trace import Trace
 from tidesim.validate.agreement import Row, Validation
 from tidesim.validate.grid import Case
+from tidesim.workers import Progress
 from tidesim.workload import Workload
-
-Progress = Callable[[int, int], None]
 
 
 class Source(Protocol):
