@@ -242,8 +242,8 @@ def comparison_tables(document: Document) -> RenderableType:
     ceiling, pooled = document["ceiling"], document["pooled_ceiling"]
     facts = {
         "model": document["model"],
-        "trace": f"{document['trace_origin']}; compared on sequences {_ids(document['sequences'])}, "
-        f"{_ids(document['corpus'])} known before",
+        "trace": f"{document['trace_origin']}; compared on sequences {_ids(document['sequences'])}; "
+        f"known before: {_ids(document['corpus'])}",
         "machine": document["hardware"],
         "execution": f"{document['execution']}, context {document['context']}"
         + (", but for systems with their own" if document["has_own_executions"] else ""),
@@ -270,7 +270,7 @@ def comparison_tables(document: Document) -> RenderableType:
 
 
 def _ids(sequences: Sequence[int]) -> str:
-    return ", ".join(map(str, sequences)) if len(sequences) <= 8 else f"{len(sequences)} of them"
+    return ", ".join(map(str, sequences)) if len(sequences) <= 8 else f"{len(sequences)} sequences"
 
 
 def _interval(refresh_interval: int | Sequence[int] | None) -> str:
