@@ -8,16 +8,19 @@ RUNS := runs/demo
 # Without a GPU the full PyTorch would bring several GB of CUDA libraries that nothing here could use.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.8,torch==2.13.0)
 
+# One process for each core; who is done takes tests from the others.
+SIDE_BY_SIDE := -n logical --dist worksteal
+
 .PHONY: demo test slow lint clean
 
 demo: $(VENV)/engine.ready
 	@BIN=$(BIN) RUNS=$(RUNS) sh tests/demo.sh
 
 test: $(VENV)/dev.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 slow: $(VENV)/dev.ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m slow
 
 lint: $(VENV)/dev.ready
 	$(BIN)/ruff format --check .

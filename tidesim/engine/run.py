@@ -177,7 +177,8 @@ def _replay_sequence(
         start, num_rows = forward.context_tokens, len(forward.expert_ids)
         if cache is not None:
             cache.length = start
-        offload.forced = forward.expert_ids
+        # On the device, so that the host waits for it as for a router's choice.
+        offload.forced = forward.expert_ids.to(device)
         offload.begin(forward.kind, forward.block, forward.step, forward.is_first_block, num_rows)
         rows = slice(start, start + num_rows)
         needs_mask = num_rows > block_length

@@ -16,6 +16,7 @@ from tidesim.execution import EXECUTIONS
 from tidesim.hardware import Hardware
 from tidesim.moe import load_moe_config, read_hf_config
 from tidesim.policies import policy
+from tidesim.result import RunResult
 from tidesim.synthesize import synthesize
 from tidesim.trace import Trace
 from tidesim.validate.measuring import predict
@@ -86,6 +87,10 @@ def step_error(shape: Path, device: DeviceSettings, profile: Hardware, seed: int
             session.replay(trace, [0], CHECK_FORWARDS)
             measured = session.replay(trace, [0], CHECK_FORWARDS).result
             predicted, _ = predict(live, workload, profile, choice)
-    steps = measured.num_forwards
-    check_step(predicted.makespan_s / steps, measured.makespan_s / steps)
+    check_step(_step_s(predicted), _step_s(measured))
     return predicted.makespan_s / measured.makespan_s - 1
+
+
+def _step_s(run: RunResult) -> dict[str, float]:
+    """Seconds of each part of a forward, on average."""
+    return {part: seconds / run.num_forwards for part, seconds in run.breakdown_s.items()}

@@ -234,7 +234,7 @@ class KernelRates:
     bytes_per_s, flops_per_s : a dense product at one row (bytes of weights), and at many rows.
     grouped_s : a grouped run of one expert on one row, less reading its weights.
     gemm_s : added to each product that runs alone.
-    launch_s, op_s : an op without and with memory to allocate, begun back to back.
+    launch_s : an in-place op, begun back to back with others.
     """
 
     curve: dict[int, Measured]
@@ -245,7 +245,6 @@ class KernelRates:
     grouped_s: Measured
     gemm_s: Measured
     launch_s: Measured
-    op_s: Measured
 
 
 def kernel_rates(
@@ -256,7 +255,6 @@ def kernel_rates(
     curve = _grouped_curve(experts, repeats, each_s)
     expert_flops, E = experts.flops_per_row, experts.num_experts
     one_row = curve[1].with_value(curve[1].value / expert_flops * experts.expert_bytes)
-    launches = _launches(calls, repeats, each_s)
     dense = _dense_products(model, calls, cache_bytes, repeats, each_s)
     alone = {"one": experts.grouped(1, num_experts=1), "loop": experts.looped(1)}
     measures = {name: partial(device_s, calls, run) for name, run in alone.items()}
@@ -274,8 +272,7 @@ def kernel_rates(
         gemm_s=times["loop"].with_value(
             gemm_s, f"a loop over {E} experts of one row, less their weights' time, over 3"
         ),
-        launch_s=launches["launch"],
-        op_s=launches["op"],
+        launch_s=_launch(calls, repeats, each_s),
     )
 
 
@@ -309,18 +306,13 @@ def _dense_products(
     }
 
 
-def _launches(calls: DeviceCalls, repeats: int, limit_s: float) -> dict[str, Measured]:
+def _launch(calls: DeviceCalls, repeats: int, limit_s: float) -> Measured:
     number = torch.zeros(1, device=calls.device)
 
-    def per_op(run: Callable[[], object]) -> float:
-        return host_s(calls, lambda: seconds_per_call(run, _NUM_LAUNCHES)) / _NUM_LAUNCHES
+    def launch_s() -> float:
+        return host_s(calls, lambda: seconds_per_call(lambda: number.add_(1), _NUM_LAUNCHES)) / _NUM_LAUNCHES
 
-    measures = {"launch": lambda: per_op(lambda: number.add_(1)), "op": lambda: per_op(lambda: (number + 1) * 2)}
     with torch.inference_mode():
-        samples = sample(measures, repeats, limit_s)
-    note = f"op on one number, {_NUM_LAUNCHES} back to back and waited for, host clock"
-    launch, op = (
-        Measured.of(samples["launch"], f"an in-place {note}"),
-        Measured.of(samples["op"], f"an allocating {note}"),
-    )
-    return {"launch": launch, "op": op.with_value(op.value / 2)}
+        samples = sample({"launch": launch_s}, repeats, limit_s)
+    note = f"an in-place op on one number, {_NUM_LAUNCHES} back to back and waited for, host clock"
+    return Measured.of(samples["launch"], note)
