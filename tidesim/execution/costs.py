@@ -25,6 +25,8 @@ class Costs:
     expert_launch_ns : launching the ops of one such expert.
     host_expert_ns : [max_rows + 1], one missed expert on the host, by its rows; 0 for 0 rows.
     grouped_overhead_ns : what a grouped kernel takes besides its experts.
+    grouped_bytes_ns, grouped_flops_ns : [E + 1] by experts touched, and [max_rows * K + 1] by rows over all experts:
+        the two sides of its roofline.
     has_expert_curve : whether experts on the device take measured times, one after another in a group too.
     promote_ns, evict_ns : one expert from its home to the device, and out again (0 without write-back).
     promote_bytes, evict_bytes : bytes that are copied or read for them (0 where nothing is).
@@ -43,7 +45,7 @@ class Costs:
         rows = np.arange(max_rows + 1)
         self.loop_ns = _table(self._loop_s(rows))
         self.expert_launch_ns = int(self._launch_ns(execution.ops_per_expert))
-        self._grouped_bytes_ns, self._grouped_flops_ns = self._grouped_tables(max_rows)
+        self.grouped_bytes_ns, self.grouped_flops_ns = self._grouped_tables(max_rows)
         self.grouped_overhead_ns = int(_ns(hardware.device.grouped_overhead_s))
         self.host_expert_ns = self._host_table(rows)
         self._copy_costs()
@@ -102,7 +104,7 @@ class Costs:
             return loop_kernel_ns, int(self._unhidden_ns(loop_kernel_ns, num_active * self.expert_launch_ns))
         if self._device_curve is not None:
             return self.grouped_overhead_ns + loop_kernel_ns, 0
-        work_ns = max(int(self._grouped_bytes_ns[num_active]), int(self._grouped_flops_ns[num_rows]))
+        work_ns = max(int(self.grouped_bytes_ns[num_active]), int(self.grouped_flops_ns[num_rows]))
         return self.grouped_overhead_ns + work_ns, 0
 
     def alone_ns(self, loop_kernel_ns: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ a forward misses more experts than there are slots, the fetched ones follow each
 from tidesim.policies.composition import Composition, first_ids, last_ids
 from tidesim.policies.interface import Policy
 from tidesim.policies.pieces import Arrival, Decayed, FrequencyOverAge, InUse, LastUse, Lowest, Visits
+from tidesim.policies.rules import Rule
 from tidesim.policies.splits import KeepAll
 
 # --- plain rules ---
@@ -20,7 +21,7 @@ def lru() -> Policy:
     slots, the fetched ones follow. The first residents are ids 0..B-1 (oldest: 0). There are no ties: uses are totally
     ordered.
     """
-    return Composition("lru", first_ids, split=KeepAll(), victims=Lowest(LastUse()))
+    return Composition("lru", first_ids, split=KeepAll(), victims=Lowest(LastUse()), rule=Rule("least-recent"))
 
 
 def lfu() -> Policy:
@@ -66,7 +67,8 @@ def mixtral_offloading() -> Policy:
     copy in and one copy of the victim out. The four transfer buffers beside the slots are not counted. The paper's
     loading ahead for the next layer is not in the code.
     """
-    return Composition("mixtral-offloading", last_ids, split=KeepAll(), victims=Lowest(LastUse()))
+    rule = Rule("least-recent")
+    return Composition("mixtral-offloading", last_ids, split=KeepAll(), victims=Lowest(LastUse()), rule=rule)
 
 
 def moe_infinity() -> Policy:

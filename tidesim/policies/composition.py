@@ -23,6 +23,7 @@ from tidesim.policies.interface import (
 )
 from tidesim.policies.pieces import Piece, Score, Victims, best, everything_in
 from tidesim.policies.prefetch import Prefetch
+from tidesim.policies.rules import Rule
 from tidesim.policies.splits import OnHost, Split
 from tidesim.residency import NO_MOVES, Moves, Placement, per_layer
 from tidesim.workload import ForwardKind
@@ -287,7 +288,7 @@ class Composition(Policy):
         whoever it expects is no victim. None: nobody.
     is_in_use_safe : whether nobody who has rows in this forward may be a victim of a fetch. If no other victim is left,
         the expert is dropped after use instead.
-    scope, scratch, scratch_layers, is_routing_only : see `Policy`.
+    scope, scratch, scratch_layers, is_routing_only, rule : see `Policy`.
     """
 
     def __init__(
@@ -304,8 +305,9 @@ class Composition(Policy):
         scratch: int = 0,
         scratch_layers: int = 0,
         is_routing_only: bool = True,
+        rule: Rule | None = None,
     ) -> None:
-        self.name, self.scope, self.is_routing_only = name, scope, is_routing_only
+        self.name, self.scope, self.is_routing_only, self.rule = name, scope, is_routing_only, rule
         self.scratch, self.scratch_layers = scratch, scratch_layers
         self._start, self._refresh, self._victims, self._prefetch = start, refresh, victims, prefetch
         self._split = split or OnHost()

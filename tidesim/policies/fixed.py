@@ -16,6 +16,7 @@ from tidesim.policies.composition import (
     nobody,
 )
 from tidesim.policies.interface import Policy, Shape
+from tidesim.policies.rules import Rule
 from tidesim.policies.splits import ByTokens, DropAll, OnHost, StreamLayer
 from tidesim.residency import Placement
 
@@ -35,12 +36,12 @@ def all_device() -> Policy:
             )
         return first_ids(shape)
 
-    return Composition("all-device", everybody)
+    return Composition("all-device", everybody, rule=Rule("never"))
 
 
 def all_host() -> Policy:
     """No expert on the device, every miss on the host: the lower reference. It leaves its budget unused."""
-    return Composition("all-host", nobody)
+    return Composition("all-host", nobody, rule=Rule("never"))
 
 
 def static(popularity: npt.ArrayLike) -> Policy:
@@ -53,7 +54,7 @@ def static(popularity: npt.ArrayLike) -> Policy:
     ----------
     popularity : [L, E], how often each expert was routed to, for instance a workload's `counts.sum(axis=0)`.
     """
-    return Composition("static", MostPopular(popularity))
+    return Composition("static", MostPopular(popularity), rule=Rule("never"))
 
 
 def ktransformers(

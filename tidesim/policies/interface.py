@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tidesim.execution import Costs
+from tidesim.policies.rules import Rule
 from tidesim.residency import NO_MOVES, Moves, Placement
 from tidesim.result import Decision
 from tidesim.workload import ForwardKind, Workload
@@ -147,6 +148,7 @@ class Policy(ABC):
     scratch_layers : the whole layers of experts that fit into it besides.
     is_routing_only : whether it decides by the routing alone; if not, by the profile's predicted times too, which it
         finds in `Shape.costs`. Neither kind ever looks at a clock.
+    rule : the same decisions in a word, if there is one, for a compiled replay that does not ask then.
     miss_action : what becomes of misses, for the record: "host", "fetch" or "split" between the two.
     refresh_interval : denoising steps from one refresh to the next, one number or one per layer, for the record;
         None if the policy has no such thing.
@@ -157,6 +159,7 @@ class Policy(ABC):
     scratch: int = 0
     scratch_layers: int = 0
     is_routing_only: bool = True
+    rule: Rule | None = None
     miss_action: MissAction = "host"
 
     @property

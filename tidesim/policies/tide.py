@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tidesim.policies.composition import Composition, EverySteps, Guard, Refresh, first_ids
 from tidesim.policies.interface import Policy
 from tidesim.policies.pieces import Arrival, Lowest, SetOrder, ThisForward, Total
+from tidesim.policies.rules import Rule
 
 
 def tide(refresh_interval: int | Sequence[int] = 1) -> Policy:
@@ -27,7 +28,8 @@ def tide(refresh_interval: int | Sequence[int] = 1) -> Policy:
     hits = Total()
     hotter = Guard(is_strict=True)
     swaps = Refresh(EverySteps(refresh_interval), hits, Lowest(hits), hotter, is_pairwise=True)
-    return Composition("tide", first_ids, refresh=swaps)
+    rule = Rule.refreshing("hottest-for-coldest", refresh_interval)
+    return Composition("tide", first_ids, refresh=swaps, rule=rule)
 
 
 def tide_as_coded(refresh_interval: int | Sequence[int] = 1) -> Policy:
@@ -48,7 +50,8 @@ def tide_as_coded(refresh_interval: int | Sequence[int] = 1) -> Policy:
     refresh_interval : τ >= 1 (`jump_steps` there), one number or one per layer.
     """
     trigger = EverySteps(refresh_interval, first_block=True)
-    return Composition("tide-as-coded", first_ids, refresh=Refresh(trigger, ThisForward(), SetOrder()))
+    rule = Rule.refreshing("top-counts", refresh_interval, first_block=True)
+    return Composition("tide-as-coded", first_ids, refresh=Refresh(trigger, ThisForward(), SetOrder()), rule=rule)
 
 
 def rlx(refresh_interval: int | Sequence[int] = 1, margin: float = 0.0, min_dwell: int = 0) -> Policy:

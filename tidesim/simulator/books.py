@@ -6,6 +6,7 @@ from typing import Any
 import simpy
 
 from tidesim.execution import Costs
+from tidesim.paper_run import copied
 from tidesim.result import PARTS, RESOURCES, Decision, Interval
 
 
@@ -78,18 +79,13 @@ class Books:
 
     def totals(self, costs: Costs) -> Mapping[str, Any]:
         """What a `RunResult` counts and times."""
-        num_in, num_out = self.promotions + self.drops, self.evictions
-        copies_of = {"h2d": (num_in, costs.promote_bytes), "d2h": (num_out, costs.evict_bytes)}
-        num_copied = sum(num_experts for num_experts, num_bytes in copies_of.values() if num_bytes)
         return {
             "hits": self.hits,
             "misses": self.misses,
             "promotions": self.promotions,
             "evictions": self.evictions,
             "drops": self.drops,
-            "num_copies": num_copied * costs.execution.copies_per_expert,
-            "h2d_bytes": num_in * costs.promote_bytes,
-            "d2h_bytes": num_out * costs.evict_bytes,
+            **copied(costs, self.promotions + self.drops, self.evictions),
             "makespan_ns": self.now_ns,
             "layer_parts_ns": tuple(tuple(parts.values()) for parts in self._parts_ns.values()),
             "busy_ns": self._busy_ns,

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from tidesim.errors import InputError
-from tidesim.execution import Costs, Execution, check_memory
+from tidesim.execution import Execution
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
-from tidesim.policies import Policy, Shape
-from tidesim.residency import check_budgets, per_layer
-from tidesim.result import Decision, Interval, RunResult, one_or_each
+from tidesim.paper_run import PaperRun
+from tidesim.policies import Policy
+from tidesim.result import Decision, Interval, RunResult
 from tidesim.simulator.actors import Run
 from tidesim.workload import Workload
 
@@ -43,52 +42,18 @@ def simulate(
     Raise InputError if workload, model and execution do not fit together, BudgetError if the experts do not fit the
     machine, ValueError if the policy's moves are not possible.
     """
-    _check_fit(workload, model, execution)
-    budgets = per_layer(budget, model.num_layers, "budget")
-    check_budgets(budgets, model.num_experts)
-    if is_memory_checked:
-        scratch = policy.scratch_experts(model.num_experts)
-        check_memory(model, hardware, execution, budgets, workload.max_tokens, reserve_bytes, scratch)
-    max_rows = int(workload.tokens.max())
-    costs = Costs(model, hardware, execution, max_rows)
-    known = costs if expected is None else Costs(model, expected, execution, max_rows)
-    run = Run(workload, costs, policy, Shape(model.num_experts, budgets, known), decisions, timeline)
-    run.play()
-    is_same_model = workload.model_name == model.name
-    return RunResult(
-        policy=policy.name,
-        budget=one_or_each(budgets),
-        refresh_interval=policy.refresh_interval,
-        execution=execution.name,
-        context=workload.context,
-        hardware=hardware.name,
-        model=model.name if is_same_model else f"routing of {workload.model_name} at the sizes of {model.name}",
-        trace_origin=workload.origin,
+    paper = PaperRun(
+        workload=workload,
+        model=model,
+        hardware=hardware,
+        policy=policy,
+        budget=budget,
+        execution=execution,
         seed=seed,
-        num_forwards=workload.num_forwards,
-        generated_tokens=workload.generated_tokens,
-        **run.books.totals(costs),
+        reserve_bytes=reserve_bytes,
+        is_memory_checked=is_memory_checked,
+        expected=expected,
     )
-
-
-def _check_fit(workload: Workload, model: MoEConfig, execution: Execution) -> None:
-    if not workload.num_forwards:
-        raise InputError("the workload has no forward; record at least one sequence.")
-    if (workload.num_experts, workload.top_k) != (model.num_experts, model.top_k):
-        raise InputError(
-            f"the workload routes to {workload.top_k} of {workload.num_experts} experts, {model.name} to {model.top_k} "
-            f"of {model.num_experts}; take a trace of a model with the same experts and top-k."
-        )
-    if workload.num_layers != model.num_layers:
-        raise InputError(
-            f"the workload has {workload.num_layers} MoE layers and {model.name} has {model.num_layers}; "
-            f"use workload.tiled({model.num_layers})."
-        )
-    num_rows = workload.tokens[:, None]
-    if (workload.counts.sum(axis=2) != num_rows * model.top_k).any() or (workload.counts.max(axis=2) > num_rows).any():
-        raise InputError("the counts of the workload do not fit its tokens and top-k; build it with Trace.workload().")
-    if workload.context != execution.context:
-        raise InputError(
-            f"execution {execution.name!r} {'keeps a' if execution.kv_cache else 'has no'} KV cache; "
-            f"it needs a workload with context {execution.context!r}, not {workload.context!r}."
-        )
+    run = Run(workload, paper.costs, policy, paper.shape, decisions, timeline)
+    run.play()
+    return paper.result(run.books.totals(paper.costs))

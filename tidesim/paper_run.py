@@ -1,0 +1,112 @@
+"""A run on paper, whoever times it: its inputs, checked, and the record of what came of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tidesim.errors import InputError
+from tidesim.execution import Costs, Execution, check_memory
+from tidesim.hardware import Hardware
+from tidesim.moe import MoEConfig
+from tidesim.policies import Policy, Shape
+from tidesim.residency import check_budgets, per_layer
+from tidesim.result import RunResult, one_or_each
+from tidesim.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaperRun:
+    """What is run, with what, and on what; for the parameters see `simulator.simulate`.
+
+    Attributes
+    ----------
+    budgets : slots of each MoE layer. costs : what everything takes. shape : what the policy is told.
+
+    Raise InputError if workload, model and execution do not fit together, BudgetError if the experts do not fit the
+    machine.
+    """
+
+    workload: Workload
+    model: MoEConfig
+    hardware: Hardware
+    policy: Policy
+    budget: int | Sequence[int]
+    execution: Execution
+    seed: int | None = None
+    reserve_bytes: int | None = None
+    is_memory_checked: bool = True
+    expected: Hardware | None = None
+    budgets: tuple[int, ...] = field(init=False)
+    costs: Costs = field(init=False)
+    shape: Shape = field(init=False)
+
+    def __post_init__(self) -> None:
+        workload, model, hardware, execution = self.workload, self.model, self.hardware, self.execution
+        _check_fit(workload, model, execution)
+        budgets = per_layer(self.budget, model.num_layers, "budget")
+        check_budgets(budgets, model.num_experts)
+        if self.is_memory_checked:
+            scratch = self.policy.scratch_experts(model.num_experts)
+            check_memory(model, hardware, execution, budgets, workload.max_tokens, self.reserve_bytes, scratch)
+        max_rows = int(workload.tokens.max())
+        costs = Costs(model, hardware, execution, max_rows)
+        known = costs if self.expected is None else Costs(model, self.expected, execution, max_rows)
+        for name, value in (
+            ("budgets", budgets),
+            ("costs", costs),
+            ("shape", Shape(model.num_experts, budgets, known)),
+        ):
+            object.__setattr__(self, name, value)
+
+    def result(self, totals: Mapping[str, Any]) -> RunResult:
+        """The record, with `totals` counted and timed: the fields of `RunResult` from `hits` on."""
+        workload, model, policy = self.workload, self.model, self.policy
+        is_same_model = workload.model_name == model.name
+        return RunResult(
+            policy=policy.name,
+            budget=one_or_each(self.budgets),
+            refresh_interval=policy.refresh_interval,
+            execution=self.execution.name,
+            context=workload.context,
+            hardware=self.hardware.name,
+            model=model.name if is_same_model else f"routing of {workload.model_name} at the sizes of {model.name}",
+            trace_origin=workload.origin,
+            seed=self.seed,
+            num_forwards=workload.num_forwards,
+            generated_tokens=workload.generated_tokens,
+            **totals,
+        )
+
+
+def copied(costs: Costs, num_in: int, num_out: int) -> dict[str, int]:
+    """Copies and bytes of `num_in` experts that come to the device, and `num_out` that leave it."""
+    copies_of = ((num_in, costs.promote_bytes), (num_out, costs.evict_bytes))
+    num_copied = sum(num_experts for num_experts, num_bytes in copies_of if num_bytes)
+    return {
+        "num_copies": num_copied * costs.execution.copies_per_expert,
+        "h2d_bytes": num_in * costs.promote_bytes,
+        "d2h_bytes": num_out * costs.evict_bytes,
+    }
+
+
+def _check_fit(workload: Workload, model: MoEConfig, execution: Execution) -> None:
+    if not workload.num_forwards:
+        raise InputError("the workload has no forward; record at least one sequence.")
+    if (workload.num_experts, workload.top_k) != (model.num_experts, model.top_k):
+        raise InputError(
+            f"the workload routes to {workload.top_k} of {workload.num_experts} experts, {model.name} to {model.top_k} "
+            f"of {model.num_experts}; take a trace of a model with the same experts and top-k."
+        )
+    if workload.num_layers != model.num_layers:
+        raise InputError(
+            f"the workload has {workload.num_layers} MoE layers and {model.name} has {model.num_layers}; "
+            f"use workload.tiled({model.num_layers})."
+        )
+    num_rows = workload.tokens[:, None]
+    if (workload.counts.sum(axis=2) != num_rows * model.top_k).any() or (workload.counts.max(axis=2) > num_rows).any():
+        raise InputError("the counts of the workload do not fit its tokens and top-k; build it with Trace.workload().")
+    if workload.context != execution.context:
+        raise InputError(
+            f"execution {execution.name!r} {'keeps a' if execution.kv_cache else 'has no'} KV cache; "
+            f"it needs a workload with context {execution.context!r}, not {workload.context!r}."
+        )

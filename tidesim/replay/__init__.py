@@ -1,0 +1,14 @@
+"""The compiled replay: the time model of `tidesim.simulator` as a recurrence, thousands of times faster.
+
+A queue that serves first come first served needs no events: what comes next starts when it is ready and the queue is
+free, whichever is later. So a run is one walk over its forwards with a few numbers, and it is compiled. Which experts
+move does not depend on the clock, so decisions are made first, by the policy itself or, for the simplest ones, by
+compiled code that decides the same, and timed then. The results are those of `simulate` to the nanosecond.
+
+One thing is beyond it: device, host and copies that slow each other down while they run. Profiles that say so
+(`contention`) are refused with a pointer to the simulator.
+"""
+
+from tidesim.replay.replaying import Replayer, replay
+
+__all__ = ["Replayer", "replay"]

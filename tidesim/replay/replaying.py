@@ -1,0 +1,154 @@
+"""One run, or many on the same routing, from their inputs to their results."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tidesim.errors import InputError
+from tidesim.execution import Execution
+from tidesim.hardware import BUSY, Hardware
+from tidesim.moe import MoEConfig
+from tidesim.paper_run import PaperRun, copied
+from tidesim.policies import Policy
+from tidesim.replay.clock import DROPS, EVICTIONS, FIRST_ROOM, HITS, MISSES, PROMOTIONS, Clock, new_clock, play
+from tidesim.replay.prices import Prices, prices_of
+from tidesim.replay.routing import Routing, routing_of
+from tidesim.replay.rules import ruled
+from tidesim.replay.script import Decisions, decide
+from tidesim.result import RESOURCES, RunResult
+from tidesim.workload import Workload
+
+
+def replay(
+    workload: Workload,
+    model: MoEConfig,
+    hardware: Hardware,
+    policy: Policy,
+    *,
+    budget: int | Sequence[int],
+    execution: Execution,
+    seed: int | None = None,
+    reserve_bytes: int | None = None,
+    is_memory_checked: bool = True,
+    expected: Hardware | None = None,
+) -> RunResult:
+    """What `simulate` says of the same arguments, to the nanosecond.
+
+    For more than one run on a workload, `Replayer` reads its routing once. Raise what `simulate` raises, and InputError
+    if device, host and copies slow each other down on `hardware`.
+    """
+    return Replayer(workload).run(
+        model,
+        hardware,
+        policy,
+        budget=budget,
+        execution=execution,
+        seed=seed,
+        reserve_bytes=reserve_bytes,
+        is_memory_checked=is_memory_checked,
+        expected=expected,
+    )
+
+
+class Replayer:
+    """A workload, read once to be replayed many times.
+
+    What a policy decides by the routing alone is asked once, and timed on every machine: for that, hand in the same
+    policy object again.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self._routing: Routing = routing_of(workload)
+        self._max_expert_rows = int(self._routing.rows.max(initial=0))
+        # By policy object, which is kept alive so that nobody else gets its identity.
+        self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
+
+    def run(
+        self,
+        model: MoEConfig,
+        hardware: Hardware,
+        policy: Policy,
+        *,
+        budget: int | Sequence[int],
+        execution: Execution,
+        seed: int | None = None,
+        reserve_bytes: int | None = None,
+        is_memory_checked: bool = True,
+        expected: Hardware | None = None,
+    ) -> RunResult:
+        """One run; see `replay`."""
+        check_uncontended(hardware)
+        paper = PaperRun(
+            workload=self.workload,
+            model=model,
+            hardware=hardware,
+            policy=policy,
+            budget=budget,
+            execution=execution,
+            seed=seed,
+            reserve_bytes=reserve_bytes,
+            is_memory_checked=is_memory_checked,
+            expected=expected,
+        )
+        return paper.result(self._timed(self._decide(paper), paper))
+
+    def _decide(self, paper: PaperRun) -> Decisions:
+        """What the policy decides, from memory if it was asked before and goes by the routing alone."""
+        policy, is_background = paper.policy, paper.execution.copies == "background"
+        key = (id(policy), paper.budgets, is_background)
+        if key in self._decided:
+            return self._decided[key][1]
+        decisions = decide(self.workload, policy, paper.shape, is_background=is_background)
+        if policy.is_routing_only:
+            self._decided[key] = (policy, decisions)
+        return decisions
+
+    def _timed(self, decisions: Decisions, paper: PaperRun) -> Mapping[str, Any]:
+        """What a `RunResult` counts and times."""
+        prices = prices_of(self.workload, paper.costs)
+        resident = np.zeros((paper.model.num_layers, paper.model.num_experts), np.bool_)
+        for layer, ids in enumerate(decisions.placement.experts):
+            resident[layer, list(ids)] = True
+        clock, makespan_ns = self._play(decisions, prices, resident)
+        counted: dict[str, int] = {
+            name: int(clock.counted[column])
+            for name, column in (
+                ("hits", HITS),
+                ("misses", MISSES),
+                ("promotions", PROMOTIONS),
+                ("evictions", EVICTIONS),
+                ("drops", DROPS),
+            )
+        }
+        return {
+            **counted,
+            **copied(paper.costs, counted["promotions"] + counted["drops"], counted["evictions"]),
+            "makespan_ns": makespan_ns,
+            "layer_parts_ns": tuple(map(tuple, clock.parts.tolist())),
+            "busy_ns": dict(zip(RESOURCES, clock.busy.tolist(), strict=True)),
+        }
+
+    def _play(self, decisions: Decisions, prices: Prices, resident: Any) -> tuple[Clock, int]:
+        """Walk the forwards, with more room for copies under way as long as there is too little."""
+        room = FIRST_ROOM
+        while True:
+            clock = new_clock(resident, room)
+            rule = ruled(decisions, resident.shape[1], self._max_expert_rows)
+            makespan_ns = play(self._routing, prices, decisions.script, rule, clock, decisions.scratch)
+            if not clock.is_full[0]:
+                return clock, int(makespan_ns)
+            room *= 16
+
+
+def check_uncontended(hardware: Hardware) -> None:
+    """Raise InputError if device, host and copies slow each other down on `hardware`."""
+    contention = hardware.contention
+    if contention is None:
+        return
+    if any(contention.share(who, beside) < 1 for who in BUSY for beside in BUSY if who != beside):
+        raise InputError(
+            f"profile {hardware.name!r} says how much device, host and copies slow each other down (contention); that "
+            "is for the event simulator: use simulate(), or --engine simpy."
+        )

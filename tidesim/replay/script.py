@@ -1,0 +1,120 @@
+"""What a policy decides on a workload, written down move by move: to be timed on any machine, as often as one likes.
+
+A policy never looks at a clock, so its moves are the same on every machine whose predicted times it is told, or, if it
+goes by the routing alone, on every machine at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tidesim.policies import Policy, Shape, forwards_of
+from tidesim.policies.rules import Rule
+from tidesim.residency import Moves, Placement, Residency, Swap
+from tidesim.workload import Workload
+
+# What a move is part of. They come in this order within a layer of a forward, but that of a refresh may be last.
+REFRESH, KEEP, DROP, AHEAD = range(4)
+NOBODY = -1
+
+
+class Script(NamedTuple):
+    """Moves as compiled code reads them; experts are named through all layers, l * E + e, and -1 is nobody.
+
+    Parameters
+    ----------
+    first : int64 [F * L + 1], where the moves of each layer of each forward begin.
+    part : uint8, `REFRESH`, `KEEP`, `DROP` or `AHEAD`.
+    enter, leave : int32, who comes in, and who goes out for it.
+    """
+
+    first: npt.NDArray[np.int64]
+    part: npt.NDArray[np.uint8]
+    enter: npt.NDArray[np.int32]
+    leave: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decisions:
+    """All that is decided in a run: who is resident at first, and then a script, or a rule that is followed.
+
+    Parameters
+    ----------
+    budgets : slots of each layer. scratch : experts that fit into scratch memory.
+    is_background : whether refreshes come last in a layer, as with background copies.
+    """
+
+    placement: Placement
+    budgets: tuple[int, ...]
+    scratch: int
+    is_background: bool
+    rule: Rule | None
+    script: Script
+
+
+NO_SCRIPT = Script(np.zeros(1, np.int64), np.empty(0, np.uint8), np.empty(0, np.int32), np.empty(0, np.int32))
+
+
+def decide(workload: Workload, policy: Policy, shape: Shape, *, is_background: bool) -> Decisions:
+    """What `policy` decides on `workload`.
+
+    Policies with a `rule` are not asked beyond their first placement. Raise ValueError if the policy's moves are not
+    possible, and whatever the policy raises at the beginning of a run.
+    """
+    placement, scratch = policy.initial(shape), policy.scratch_experts(shape.num_experts)
+    # A script is checked by the residency that it goes through; a rule moves within the budgets, so its start is.
+    residency = Residency(shape.num_experts, shape.budgets, placement, is_pooled=policy.scope == "network")
+    script = NO_SCRIPT if policy.rule is not None else _Writer(residency, scratch).write(workload, policy, is_background)
+    return Decisions(
+        placement=placement,
+        budgets=shape.budgets,
+        scratch=scratch,
+        is_background=is_background,
+        rule=policy.rule,
+        script=script,
+    )
+
+
+class _Writer:
+    """Asks a policy for every layer of every forward, in the order in which a simulator asks."""
+
+    def __init__(self, residency: Residency, scratch: int) -> None:
+        self._residency, self._scratch = residency, scratch
+        self._rows: list[tuple[int, int, int]] = []
+
+    def write(self, workload: Workload, policy: Policy, is_background: bool) -> Script:
+        """The script of a run that has begun."""
+        first = [0]
+        for forward in forwards_of(workload):
+            for layer, counts in enumerate(workload.counts[forward.index]):
+                everybody = self._residency.everybody
+                policy.observe(forward, layer, counts, everybody)
+                if not is_background:
+                    self._refresh(layer, policy.refresh(forward, layer, counts, everybody))
+                missed = np.flatnonzero((counts > 0) & ~everybody[layer]).tolist()
+                serving = policy.serve(forward, layer, missed, counts, everybody)
+                serving.check(layer, self._scratch)
+                self._write(KEEP, layer, self._residency.fetch(layer, serving.keep))
+                self._write(DROP, layer, [Swap(expert, None) for expert in serving.drop])
+                for there, moves in policy.ahead(forward, layer, counts, everybody):
+                    self._write(AHEAD, there, self._residency.apply(there, moves))
+                if is_background:
+                    self._refresh(layer, policy.refresh(forward, layer, counts, everybody))
+                first.append(len(self._rows))
+        rows = np.array(self._rows, np.int32).reshape(-1, 3)
+        return Script(np.array(first), rows[:, 0].astype(np.uint8), rows[:, 1].copy(), rows[:, 2].copy())
+
+    def _refresh(self, layer: int, moves: Moves) -> None:
+        self._write(REFRESH, layer, self._residency.apply(layer, moves))
+
+    def _write(self, part: int, layer: int, swaps: Sequence[Swap]) -> None:
+        E = self._residency.num_experts
+        for enter, leave in swaps:
+            out = NOBODY
+            if leave is not None:
+                home, victim = self._residency.victim(layer, leave)
+                out = home * E + victim
+            self._rows.append((part, NOBODY if enter is None else layer * E + enter, out))
