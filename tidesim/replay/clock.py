@@ -4,6 +4,9 @@ A link serves its copies in the order in which they are asked for: each starts w
 What is asked for in the background may lie in the future of `now`. All times are whole nanoseconds, so the results are
 exact. Who moves is in a `Script`, or follows a rule (`tidesim.replay.rules`).
 
+Compiled code counts references whenever it takes an array out of a tuple or hands one to a function. In loops as short
+as these that takes longer than the work. So tuples are unpacked once, and the small functions are inlined.
+
 Letters: F forwards, L MoE layers, E experts.
 """
 
@@ -11,18 +14,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from tidesim.replay.rules import NOBODY, SCRIPTED, observe, refresh, serve
-from tidesim.replay.script import AHEAD, DROP, KEEP, REFRESH
+from tidesim.replay.compiling import compiled, inlined
+from tidesim.replay.rules import (
+    DENOISE_KIND,
+    HOTTEST_FOR_COLDEST,
+    LEAST_RECENT,
+    SCRIPTED,
+    TOP_COUNTS,
+    hottest_for_coldest,
+    serve_least_recent,
+    top_counts,
+    use_residents,
+)
+from tidesim.replay.script import AHEAD, DROP, KEEP, NOBODY, REFRESH
 
 Ints = npt.NDArray[np.int64]
 
-# Columns of `parts`, in the order of `result.PARTS`, rows of `busy` and of the links, and columns of `moves`.
+# Columns of `parts`, in the order of `result.PARTS`; places of `tally`; rows of `links`.
 DENSE, DEVICE, LAUNCH, HOST_WAIT, COPY_WAIT = range(5)
-ON_DEVICE, ON_HOST, H2D, D2H = range(4)
-HITS, MISSES, PROMOTIONS, EVICTIONS, DROPS = range(5)
-FIRST_ROOM = 1 << 12  # copies under way at once that a run is first given room for
+HITS, MISSES, PROMOTIONS, EVICTIONS, DROPS, DEVICE_BUSY, HOST_BUSY = range(7)
+H2D, D2H = range(2)
+# Columns of a link: when it is free, how long it was busy, which of its copies are not over, and whether there was too
+# little room for those. Behind them, when these copies start: a ring.
+FREE, BUSY, OLDEST, NEWEST, IS_FULL, RING = range(6)
+FIRST_ROOM = 1 << 12  # copies under way at once that a run is first given room for; a power of two
 
 
 class Clock(NamedTuple):
@@ -31,32 +47,23 @@ class Clock(NamedTuple):
     Parameters
     ----------
     parts : int64 [L + 1, 5], time of each part in each layer, and outside.
-    busy : int64 [4], of each resource. counted : int64 [5], hits, misses, promotions, evictions, drops.
-    resident : uint8 [L, E].
-    arrival : int64 [L, E], when a copy that is or was under way ends. until : int64 [L], the last one of a layer.
-    ran, ran_in : int64 [E], when an expert of the running layer ran, and in which layer of which forward that was.
-    scratch_ran : int64 [E], when one in scratch memory ran.
+    tally : int64 [7], what is counted, and how long device and host were busy.
+    resident : uint8 [L * E].
+    until : int64 [L * E], when an expert has arrived and has run, so that its slot may be overwritten. What lies in the
+        past needs no clearing. layer_until : int64 [L], the last arrival of a layer.
+    scratch_until : int64 [E], the same of who was dropped.
     missed_rows : int32 [E], rows of the running layer's missed experts while its moves are done.
-    free : int64 [4], when a link is free again.
-    starts : int64 [4, room], when copies that are not over start, a ring for each link.
-    oldest, newest : int64 [4], positions in the rings. is_full : int64 [1], whether a ring was too short.
+    links : int64 [2, RING + room].
     """
 
     parts: Ints
-    busy: Ints
-    counted: Ints
+    tally: Ints
     resident: npt.NDArray[np.uint8]
-    arrival: Ints
     until: Ints
-    ran: Ints
-    ran_in: Ints
-    scratch_ran: Ints
+    layer_until: Ints
+    scratch_until: Ints
     missed_rows: npt.NDArray[np.int32]
-    free: Ints
-    starts: Ints
-    oldest: Ints
-    newest: Ints
-    is_full: Ints
+    links: Ints
 
 
 def new_clock(resident: npt.NDArray[np.bool_], room: int) -> Clock:
@@ -64,304 +71,378 @@ def new_clock(resident: npt.NDArray[np.bool_], room: int) -> Clock:
     L, E = resident.shape
     return Clock(
         parts=np.zeros((L + 1, 5), np.int64),
-        busy=np.zeros(4, np.int64),
-        counted=np.zeros(5, np.int64),
-        resident=resident.astype(np.uint8),
-        arrival=np.zeros((L, E), np.int64),
-        until=np.zeros(L, np.int64),
-        ran=np.zeros(E, np.int64),
-        ran_in=np.full(E, -1, np.int64),
-        scratch_ran=np.zeros(E, np.int64),
+        tally=np.zeros(7, np.int64),
+        resident=resident.ravel().astype(np.uint8),
+        until=np.zeros(L * E, np.int64),
+        layer_until=np.zeros(L, np.int64),
+        scratch_until=np.zeros(E, np.int64),
         missed_rows=np.zeros(E, np.int32),
-        free=np.zeros(4, np.int64),
-        starts=np.zeros((4, room), np.int64),
-        oldest=np.zeros(4, np.int64),
-        newest=np.zeros(4, np.int64),
-        is_full=np.zeros(1, np.int64),
+        links=np.zeros((2, RING + room), np.int64),
     )
 
 
-@njit(cache=True, nogil=True)
-def play(routing: Any, prices: Any, script: Any, ruled: Any, clock: Any, scratch: int) -> int:
+@compiled
+def play(routing: Any, prices: Any, fixed: Any, script: Any, ruled: Any, clock: Any) -> int:
     """Run all forwards; returns the makespan. What is found out is left in `clock`.
 
     Parameters
     ----------
-    routing, prices, script, ruled, clock : a `Routing`, `Prices`, `Script`, `Ruled` and `Clock`.
-    scratch : experts that fit into scratch memory.
+    routing, prices, fixed, script, ruled, clock : a `Routing`, `Prices`, `Fixed`, `Script`, `Ruled` and `Clock`.
     """
-    num_layers = len(clock.until)
-    now, outside = 0, num_layers
-    for forward in range(len(routing.tokens)):
-        now = _compute(clock, outside, DENSE, prices.entry[forward, 0], prices.entry[forward, 1], now)
-        for layer in range(num_layers):
-            now = _compute(clock, layer, DENSE, prices.dense[forward, 0], prices.dense[forward, 1], now)
-            now = _run_layer(routing, prices, script, ruled, clock, scratch, forward, layer, now)
-        now = _compute(clock, outside, DENSE, prices.head[forward, 0], prices.head[forward, 1], now)
-    _clip(clock, H2D, prices.promote, now)
-    _clip(clock, D2H, prices.evict, now)
-    return now
-
-
-@njit(cache=True, nogil=True)
-def _run_layer(
-    routing: Any, prices: Any, script: Any, ruled: Any, clock: Any, scratch: int, forward: int, layer: int, now: int
-) -> int:
-    """The routed experts of a layer, and the moves around them; returns the time after it."""
-    at = forward * len(clock.until) + layer
-    begin, end = routing.first[at], routing.first[at + 1]
-    experts, rows = routing.experts[begin:end], routing.rows[begin:end]
-    is_scripted = ruled.code == SCRIPTED
-    part, enter, leave = ruled.part, ruled.enter, ruled.leave
-    move, last = 0, 0
-    if is_scripted:
+    first, first_group, experts, ascending = routing.first, routing.first_group, routing.experts, routing.ascending
+    group_end, group_rows, counts = routing.group_end, routing.group_rows, routing.counts
+    entry, dense, head, loop, alone = prices.entry, prices.dense, prices.head, prices.loop, prices.alone
+    experts_bytes, experts_flops = prices.experts_bytes, prices.experts_flops
+    host, call, first_call = prices.host, prices.call, prices.first_call
+    parts, tally, resident, links = clock.parts, clock.tally, clock.resident, clock.links
+    until, layer_until = clock.until, clock.layer_until
+    missed_rows, scratch_until = clock.missed_rows, clock.scratch_until
+    code, total, older, newer = ruled.code, ruled.total, ruled.older, ruled.newer
+    interval, first_block, mark, budgets, num_resident = (
+        ruled.interval,
+        ruled.first_block,
+        ruled.mark,
+        ruled.budgets,
+        ruled.num_resident,
+    )
+    table, mask, order, old = ruled.table, ruled.mask, ruled.order, ruled.old
+    kind, step, is_first_block = routing.kind, routing.step, routing.is_first_block
+    num_routed = routing.num_pairs
+    part, enter, leave, script_first = ruled.part, ruled.enter, ruled.leave, script.first
+    if code == SCRIPTED:
         part, enter, leave = script.part, script.enter, script.leave
-        move, last = script.first[at], script.first[at + 1]
-    observe(ruled, clock.resident, layer, experts, rows)
-    if not prices.is_background:
-        if not is_scripted:
-            last = refresh(ruled, clock.resident, routing, forward, layer, experts, rows)
-        while move < last and part[move] == REFRESH:
-            now = _move_now(prices, clock, layer, enter[move], leave[move], now)
-            move += 1
-    start = now
-    hits, num_active, loop_ns, host_ns, misses, needed = _split(prices, clock, layer, experts, rows, now)
-    clock.counted[HITS] += hits
-    clock.counted[MISSES] += misses
-    now = _wait(clock, layer, COPY_WAIT, needed, now)
-    if num_active > 0:
-        now = _run_residents(prices, clock, layer, hits, num_active, loop_ns, now)
-    if not is_scripted:
-        move, last = 0, serve(ruled, clock.resident, layer, experts)
-    num_moves = last - move
-    if num_moves > 0:
-        _note_roles(clock, layer, experts, rows, at, now)
-        first_drop = move
-        while move < last and part[move] <= DROP and part[move] != REFRESH:
-            if part[move] == KEEP:
-                first_drop = move + 1
-            expert = enter[move] - layer * clock.resident.shape[1]
-            if clock.missed_rows[expert] > 0:
-                host_ns -= prices.host[clock.missed_rows[expert]]
-                misses -= clock.missed_rows[expert]
-            if part[move] == KEEP:
-                now = _keep(prices, clock, layer, enter[move], leave[move], at, start, now)
-            else:
-                number = move - first_drop
-                before = enter[move - scratch] - layer * clock.resident.shape[1] if number >= scratch else NOBODY
-                now = _drop(prices, clock, layer, enter[move], before, start, now)
-            move += 1
-        clock.missed_rows[:] = 0
-    if misses > 0:
-        host_ns += prices.call[prices.first_call[forward] + misses]
-        clock.busy[ON_HOST] += host_ns
-        now = _wait(clock, layer, HOST_WAIT, (start if prices.is_parallel else now) + host_ns, now)
-    while move < last and part[move] == AHEAD:
-        if prices.is_background:
-            _move_later(prices, clock, layer, enter[move], leave[move], at, start, now)
-        else:
-            now = _move_now(prices, clock, layer, enter[move], leave[move], now)
-        move += 1
-    if prices.is_background:
-        if not is_scripted:
-            move, last = 0, refresh(ruled, clock.resident, routing, forward, layer, experts, rows)
-        while move < last:
-            _move_later(prices, clock, NOBODY, enter[move], leave[move], at, now, now)
-            move += 1
+    num_layers, E = len(layer_until), len(missed_rows)
+    now, at = 0, 0
+    for forward in range(len(first_call)):
+        now = _compute(parts, tally, num_layers, DENSE, entry[forward, 0], entry[forward, 1], now)
+        is_refreshing = (code == HOTTEST_FOR_COLDEST or code == TOP_COUNTS) and kind[forward] == DENOISE_KIND
+        is_always, num_pairs = first_block and is_first_block[forward], num_routed[forward]
+        for layer in range(num_layers):
+            now = _compute(parts, tally, layer, DENSE, dense[forward, 0], dense[forward, 1], now)
+            begin, end, offset = first[at], first[at + 1], layer * E
+            ids, here = experts[begin:end], resident[offset : offset + E]
+            ends = group_end[first_group[at] : first_group[at + 1]]
+            rows = group_rows[first_group[at] : first_group[at + 1]]
+            move, last = 0, 0
+            is_due = is_refreshing and (is_always or step[forward] % interval[layer] == 0)
+            if code == SCRIPTED:
+                move, last = script_first[at], script_first[at + 1]
+            elif code == HOTTEST_FOR_COLDEST:
+                _add_rows(total[offset : offset + E], counts[at])
+            elif code == LEAST_RECENT:
+                use_residents(older[layer], newer[layer], here, ascending[begin:end])
+            if not fixed.is_background:
+                if is_due:
+                    last = _refresh(
+                        code,
+                        ids,
+                        total[offset : offset + E],
+                        here,
+                        mark,
+                        at + 1,
+                        part,
+                        enter,
+                        leave,
+                        offset,
+                        budgets[layer],
+                        table[layer],
+                        mask[layer : layer + 1],
+                        order,
+                        old,
+                    )
+                while move < last and part[move] == REFRESH:
+                    now = _move_now(parts, tally, resident, until, links, fixed, layer, enter[move], leave[move], now)
+                    move += 1
+            start = now
+            hits, num_active, loop_ns, host_ns = _split(here, ids, ends, rows, loop, host, begin)
+            misses = num_pairs - hits
+            tally[HITS] += hits
+            tally[MISSES] += misses
+            if layer_until[layer] > now:
+                needed = _last_arrival(here, until[offset : offset + E], ids)
+                now = _wait(parts, layer, COPY_WAIT, needed, now)
+            if num_active > 0:
+                launch_ns = 0
+                if fixed.is_loop:
+                    launch_ns = max(0, num_active * fixed.expert_launch - (loop_ns if fixed.is_async else 0))
+                elif fixed.has_curve:
+                    loop_ns += fixed.grouped
+                else:
+                    loop_ns = fixed.grouped + max(experts_bytes[num_active], experts_flops[hits])
+                now = _compute(parts, tally, layer, DEVICE, loop_ns, launch_ns, now)
+            if code == LEAST_RECENT:
+                last = serve_least_recent(
+                    ascending[begin:end],
+                    here,
+                    older[layer],
+                    newer[layer],
+                    num_resident,
+                    budgets,
+                    part,
+                    enter,
+                    leave,
+                    layer,
+                )
+            if move < last:
+                _note_roles(here, until[offset : offset + E], missed_rows, ids, ends, rows, begin, now)
+                num_drops = 0
+                while move < last and (part[move] == KEEP or part[move] == DROP):
+                    num_rows = np.int64(missed_rows[enter[move] - offset])
+                    host_ns -= host[num_rows]
+                    misses -= num_rows
+                    ready = start if fixed.is_background else now
+                    if part[move] == KEEP:
+                        ready = _evict(tally, resident, until, links, fixed, leave[move], ready, now)
+                        tally[PROMOTIONS] += 1
+                        resident[enter[move]] = 1
+                    else:
+                        if num_drops >= fixed.scratch and fixed.is_background:
+                            ready = max(ready, scratch_until[enter[move - fixed.scratch] - offset])
+                        tally[DROPS] += 1
+                        num_drops += 1
+                    arrival = _copy(links, H2D, ready, fixed.promote, now)
+                    if num_rows > 0 or not fixed.is_background:
+                        now = _wait(parts, layer, COPY_WAIT, arrival, now)
+                    if num_rows > 0:
+                        now = _compute(parts, tally, layer, DEVICE, alone[num_rows, 0], alone[num_rows, 1], now)
+                    if part[move] == KEEP:
+                        until[enter[move]] = max(arrival, now)
+                        layer_until[layer] = max(layer_until[layer], arrival)
+                    else:
+                        scratch_until[enter[move] - offset] = now
+                    move += 1
+                for pair in range(len(ids)):
+                    missed_rows[ids[pair]] = 0
+            if misses > 0:
+                host_ns += call[first_call[forward] + misses]
+                tally[HOST_BUSY] += host_ns
+                now = _wait(parts, layer, HOST_WAIT, (start if fixed.is_parallel else now) + host_ns, now)
+            while move < last and part[move] == AHEAD:
+                if fixed.is_background:
+                    _move_later(
+                        tally, resident, until, layer_until, links, fixed, E, enter[move], leave[move], start, now
+                    )
+                else:
+                    now = _move_now(parts, tally, resident, until, links, fixed, layer, enter[move], leave[move], now)
+                move += 1
+            if fixed.is_background:
+                if is_due:
+                    move, last = (
+                        0,
+                        _refresh(
+                            code,
+                            ids,
+                            total[offset : offset + E],
+                            here,
+                            mark,
+                            at + 1,
+                            part,
+                            enter,
+                            leave,
+                            offset,
+                            budgets[layer],
+                            table[layer],
+                            mask[layer : layer + 1],
+                            order,
+                            old,
+                        ),
+                    )
+                while move < last:
+                    _move_later(
+                        tally, resident, until, layer_until, links, fixed, E, enter[move], leave[move], now, now
+                    )
+                    move += 1
+            at += 1
+        now = _compute(parts, tally, num_layers, DENSE, head[forward, 0], head[forward, 1], now)
+    _clip(links, H2D, fixed.promote, now)
+    _clip(links, D2H, fixed.evict, now)
     return now
 
 
-# --- what the device does ---
+# --- the routing of a layer ---
 
 
-@njit(cache=True, nogil=True)
-def _compute(clock: Any, layer: int, part: int, kernel_ns: int, launch_ns: int, now: int) -> int:
+@inlined
+def _refresh(
+    code: int,
+    ids: Any,
+    total: Any,
+    here: Any,
+    mark: Any,
+    stamp: int,
+    part: Any,
+    enter: Any,
+    leave: Any,
+    offset: int,
+    budget: int,
+    table: Any,
+    mask: Any,
+    order: Any,
+    old: Any,
+) -> int:
+    """The moves of a refresh, in the buffer; returns how many there are."""
+    if code == HOTTEST_FOR_COLDEST:
+        num_moves = hottest_for_coldest(total, here, mark, stamp, part, enter, leave, offset)
+    else:
+        num_moves = top_counts(ids, here, mark, stamp, part, enter, leave, offset, budget, table, mask, order, old)
+    return num_moves
+
+
+@compiled
+def _add_rows(total: Any, counts: Any) -> None:
+    """Count the rows of each expert; all of them, as the compiler makes vectors of that."""
+    for expert in range(len(counts)):
+        total[expert] += counts[expert]
+
+
+@inlined
+def _split(
+    here: Any, ids: Any, ends: Any, group_rows: Any, loop: Any, host: Any, begin: int
+) -> tuple[int, int, int, int]:
+    """What is on the device: rows, experts, and their kernels one by one; and the host's time for all other experts."""
+    hits, num_active, loop_ns, host_ns, first = 0, 0, 0, 0, 0
+    for group in range(len(ends)):
+        num_rows, stop, num_here = group_rows[group], ends[group] - begin, 0
+        for pair in range(first, stop):
+            num_here += here[ids[np.uint64(pair)]]
+        hits += num_rows * num_here
+        num_active += num_here
+        loop_ns += loop[np.uint64(num_rows)] * num_here
+        host_ns += host[np.uint64(num_rows)] * (stop - first - num_here)
+        first = stop
+    return hits, num_active, loop_ns, host_ns
+
+
+@inlined
+def _last_arrival(here: Any, until: Any, ids: Any) -> int:
+    """When the last of the residents that have rows has arrived."""
+    needed = 0
+    for pair in range(len(ids)):
+        needed = max(needed, until[ids[pair]] * here[ids[pair]])
+    return needed
+
+
+@inlined
+def _note_roles(
+    here: Any, until: Any, missed_rows: Any, ids: Any, ends: Any, group_rows: Any, begin: int, now: int
+) -> None:
+    """Who was missed, with its rows, and who has run by `now`; before the first move."""
+    first = 0
+    for group in range(len(ends)):
+        stop = ends[group] - begin
+        for pair in range(first, stop):
+            expert = ids[np.uint64(pair)]
+            is_here = np.int64(here[expert])
+            until[expert] += (now - until[expert]) * is_here
+            missed_rows[expert] = group_rows[group] * (1 - is_here)
+        first = stop
+
+
+# --- what takes time ---
+
+
+@inlined
+def _compute(parts: Any, tally: Any, layer: int, part: int, kernel_ns: int, launch_ns: int, now: int) -> int:
     """Kernels, and then the launch time that they do not hide; returns the time after them."""
-    clock.busy[ON_DEVICE] += kernel_ns
-    clock.parts[layer, part] += kernel_ns
-    clock.parts[layer, LAUNCH] += launch_ns
+    tally[DEVICE_BUSY] += kernel_ns
+    parts[layer, part] += kernel_ns
+    parts[layer, LAUNCH] += launch_ns
     return now + kernel_ns + launch_ns
 
 
-@njit(cache=True, nogil=True)
-def _wait(clock: Any, layer: int, part: int, until: int, now: int) -> int:
+@inlined
+def _wait(parts: Any, layer: int, part: int, until: int, now: int) -> int:
     """Do nothing until then; returns the time after it."""
-    if until <= now:
-        return now
-    clock.parts[layer, part] += until - now
-    return until
+    then = max(until, now)
+    parts[layer, part] += then - now
+    return then
 
 
-@njit(cache=True, nogil=True)
-def _split(
-    prices: Any, clock: Any, layer: int, experts: Any, rows: Any, now: int
-) -> tuple[int, int, int, int, int, int]:
-    """What is on the device: rows, experts and their kernels one by one. What is not: the host's time for the experts
-    alone, and rows. And when the last one has arrived that is needed here and on its way."""
-    here, arrival = clock.resident[layer], clock.arrival[layer]
-    hits, num_active, loop_ns, host_ns, num_pairs, needed = 0, 0, 0, 0, 0, 0
-    for number in range(len(experts)):
-        expert, num_rows = experts[number], rows[number]
-        is_here = np.int64(here[expert])
-        num_pairs += num_rows
-        hits += num_rows * is_here
-        num_active += is_here
-        loop_ns += prices.loop[num_rows] * is_here
-        host_ns += prices.host[num_rows] * (1 - is_here)
-    if clock.until[layer] > now:
-        for expert in experts:
-            if here[expert]:
-                needed = max(needed, arrival[expert])
-    return hits, num_active, loop_ns, host_ns, num_pairs - hits, needed
-
-
-@njit(cache=True, nogil=True)
-def _run_residents(prices: Any, clock: Any, layer: int, hits: int, num_active: int, loop_ns: int, now: int) -> int:
-    """The resident experts that have rows; see `Costs.experts_ns`. Returns the time after them."""
-    launch_ns = 0
-    if prices.is_loop:
-        launch_ns = max(0, num_active * prices.expert_launch - (loop_ns if prices.is_async else 0))
-        kernel_ns = loop_ns
-    elif prices.has_curve:
-        kernel_ns = prices.grouped + loop_ns
+@inlined
+def _copy(links: Any, link: int, ready: int, duration_ns: int, now: int) -> int:
+    """The next copy of a link, which may start at `ready`; returns its end."""
+    start = max(ready, links[link, FREE])
+    links[link, FREE] = start + duration_ns
+    links[link, BUSY] += duration_ns
+    room = links.shape[1] - RING
+    oldest, newest = links[link, OLDEST], links[link, NEWEST]
+    while oldest < newest and links[link, RING + (oldest & (room - 1))] + duration_ns <= now:
+        oldest += 1
+    links[link, OLDEST] = oldest
+    if newest - oldest == room:
+        links[link, IS_FULL] = 1
     else:
-        kernel_ns = prices.grouped + max(prices.experts_bytes[num_active], prices.experts_flops[hits])
-    return _compute(clock, layer, DEVICE, kernel_ns, launch_ns, now)
+        links[link, RING + (newest & (room - 1))] = start
+        links[link, NEWEST] = newest + 1
+    return start + duration_ns
+
+
+@inlined
+def _clip(links: Any, link: int, duration_ns: int, now: int) -> None:
+    """A link was not busy with what lies behind the end of the run."""
+    room = links.shape[1] - RING
+    for position in range(links[link, OLDEST], links[link, NEWEST]):
+        start = links[link, RING + (position & (room - 1))]
+        links[link, BUSY] -= max(0, start + duration_ns - max(start, now))
 
 
 # --- moves ---
 
 
-@njit(cache=True, nogil=True)
-def _note_roles(clock: Any, layer: int, experts: Any, rows: Any, at: int, now: int) -> None:
-    """Who was missed, with its rows, and who has run by `now`; before the first move."""
-    for number in range(len(experts)):
-        expert = experts[number]
-        if clock.resident[layer, expert]:
-            clock.ran[expert], clock.ran_in[expert] = now, at
-        else:
-            clock.missed_rows[expert] = rows[number]
+@inlined
+def _evict(tally: Any, resident: Any, until: Any, links: Any, fixed: Any, leave: int, ready: int, now: int) -> int:
+    """`leave` gives up its slot once it has arrived and has run. Returns when the slot is free."""
+    free = ready
+    if leave != NOBODY:
+        tally[EVICTIONS] += 1
+        resident[leave] = 0
+        free = max(free, until[leave])
+        if fixed.has_write_back:
+            free = _copy(links, D2H, free, fixed.evict, now)
+    return free
 
 
-@njit(cache=True, nogil=True)
-def _copy(clock: Any, link: int, ready: int, duration_ns: int, now: int) -> int:
-    """The next copy of a link, which may start at `ready`; returns its end."""
-    start = max(ready, clock.free[link])
-    clock.free[link] = start + duration_ns
-    clock.busy[link] += duration_ns
-    room = clock.starts.shape[1]
-    oldest, newest = clock.oldest[link], clock.newest[link]
-    while oldest < newest and clock.starts[link, oldest & (room - 1)] + duration_ns <= now:
-        oldest += 1
-    clock.oldest[link] = oldest
-    if newest - oldest == room:
-        clock.is_full[0] = 1
-        return start + duration_ns
-    clock.starts[link, newest & (room - 1)] = start
-    clock.newest[link] = newest + 1
-    return start + duration_ns
-
-
-@njit(cache=True, nogil=True)
-def _clip(clock: Any, link: int, duration_ns: int, now: int) -> None:
-    """A link was not busy with what lies behind the end of the run."""
-    room = clock.starts.shape[1]
-    for position in range(clock.oldest[link], clock.newest[link]):
-        start = clock.starts[link, position & (room - 1)]
-        clock.busy[link] -= max(0, start + duration_ns - max(start, now))
-
-
-@njit(cache=True, nogil=True)
-def _evict(prices: Any, clock: Any, layer: int, leave: int, at: int, ready: int, now: int) -> int:
-    """`leave` gives up its slot once it has run, if it is of the running `layer`, and has arrived, if it is on its way.
-    Returns when the slot is free."""
-    if leave == NOBODY:
-        return ready
-    home, expert = divmod(leave, clock.resident.shape[1])
-    clock.counted[EVICTIONS] += 1
-    clock.resident[home, expert] = 0
-    if home == layer and clock.ran_in[expert] == at:
-        ready = max(ready, clock.ran[expert])
-    ready = max(ready, clock.arrival[home, expert])
-    clock.arrival[home, expert] = 0
-    return _copy(clock, D2H, ready, prices.evict, now) if prices.has_write_back else ready
-
-
-@njit(cache=True, nogil=True)
-def _enter(clock: Any, enter: int) -> None:
-    """`enter` has a slot from now on."""
-    layer, expert = divmod(enter, clock.resident.shape[1])
-    clock.counted[PROMOTIONS] += 1
-    clock.resident[layer, expert] = 1
-
-
-@njit(cache=True, nogil=True)
-def _move_now(prices: Any, clock: Any, waiting: int, enter: int, leave: int, now: int) -> int:
+@inlined
+def _move_now(
+    parts: Any,
+    tally: Any,
+    resident: Any,
+    until: Any,
+    links: Any,
+    fixed: Any,
+    waiting: int,
+    enter: int,
+    leave: int,
+    now: int,
+) -> int:
     """One out and one in, while everything else waits; the time is that of the layer that is `waiting`."""
-    until = _evict(prices, clock, NOBODY, leave, 0, now, now)
+    done = _evict(tally, resident, until, links, fixed, leave, now, now)
     if enter != NOBODY:
-        _enter(clock, enter)
-        until = _copy(clock, H2D, until, prices.promote, now)
-    return _wait(clock, waiting, COPY_WAIT, until, now)
+        tally[PROMOTIONS] += 1
+        resident[enter] = 1
+        done = _copy(links, H2D, done, fixed.promote, now)
+    return _wait(parts, waiting, COPY_WAIT, done, now)
 
 
-@njit(cache=True, nogil=True)
-def _move_later(prices: Any, clock: Any, layer: int, enter: int, leave: int, at: int, ready: int, now: int) -> None:
+@inlined
+def _move_later(
+    tally: Any,
+    resident: Any,
+    until: Any,
+    layer_until: Any,
+    links: Any,
+    fixed: Any,
+    E: int,
+    enter: int,
+    leave: int,
+    ready: int,
+    now: int,
+) -> None:
     """One out and one in, by copies in the background that may start at `ready`."""
-    ready = _evict(prices, clock, layer, leave, at, ready, now)
+    free = _evict(tally, resident, until, links, fixed, leave, ready, now)
     if enter != NOBODY:
-        _enter(clock, enter)
-        _note_arrival(clock, enter, _copy(clock, H2D, ready, prices.promote, now))
-
-
-@njit(cache=True, nogil=True)
-def _note_arrival(clock: Any, enter: int, arrival: int) -> None:
-    """`enter` is on its way until then."""
-    layer, expert = divmod(enter, clock.resident.shape[1])
-    clock.arrival[layer, expert] = arrival
-    clock.until[layer] = max(clock.until[layer], arrival)
-
-
-@njit(cache=True, nogil=True)
-def _keep(prices: Any, clock: Any, layer: int, enter: int, leave: int, at: int, start: int, now: int) -> int:
-    """A fetched expert takes a slot, and runs if it has rows; returns the time after it."""
-    expert = enter - layer * clock.resident.shape[1]
-    ready = _evict(prices, clock, layer if prices.is_background else NOBODY, leave, at, _ready(prices, start, now), now)
-    _enter(clock, enter)
-    arrival = _copy(clock, H2D, ready, prices.promote, now)
-    if clock.missed_rows[expert] == 0 and prices.is_background:
-        _note_arrival(clock, enter, arrival)
-    now = _run_fetched(prices, clock, layer, expert, arrival, now)
-    clock.ran[expert], clock.ran_in[expert] = now, at
-    return now
-
-
-@njit(cache=True, nogil=True)
-def _drop(prices: Any, clock: Any, layer: int, enter: int, before: int, start: int, now: int) -> int:
-    """A fetched expert goes through the place in scratch memory that `before` had, and runs if it has rows there;
-    returns the time after it."""
-    expert = enter - layer * clock.resident.shape[1]
-    clock.counted[DROPS] += 1
-    ready = _ready(prices, start, now)
-    if before != NOBODY and prices.is_background:
-        ready = max(ready, clock.scratch_ran[before])
-    now = _run_fetched(prices, clock, layer, expert, _copy(clock, H2D, ready, prices.promote, now), now)
-    clock.scratch_ran[expert] = now
-    return now
-
-
-@njit(cache=True, nogil=True)
-def _ready(prices: Any, start: int, now: int) -> int:
-    """When the copies of fetched experts may start: at once, or each when the one before it has run."""
-    return start if prices.is_background else now
-
-
-@njit(cache=True, nogil=True)
-def _run_fetched(prices: Any, clock: Any, layer: int, expert: int, arrival: int, now: int) -> int:
-    """Wait for a fetched expert, unless nobody needs it, and run its rows; returns the time after it."""
-    num_rows = clock.missed_rows[expert]
-    if num_rows > 0 or not prices.is_background:
-        now = _wait(clock, layer, COPY_WAIT, arrival, now)
-    if num_rows > 0:
-        now = _compute(clock, layer, DEVICE, prices.alone[num_rows, 0], prices.alone[num_rows, 1], now)
-    return now
+        arrival = _copy(links, H2D, free, fixed.promote, now)
+        tally[PROMOTIONS] += 1
+        resident[enter] = 1
+        until[enter] = arrival
+        layer_until[enter // E] = max(layer_until[enter // E], arrival)

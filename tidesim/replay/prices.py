@@ -15,7 +15,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Prices(NamedTuple):
-    """All durations of a run in ns.
+    """Durations in ns that depend on a forward or on numbers of rows.
 
     Parameters
     ----------
@@ -27,11 +27,6 @@ class Prices(NamedTuple):
     host : [R + 1], one missed expert, by its rows.
     call, first_call : what a layer's host part costs besides, by missed pairs, for each number of rows of a forward;
         that of forward f begins at first_call[f].
-    grouped : what a grouped kernel takes besides its experts. expert_launch : launching one expert's ops in a loop.
-    promote, evict : copies. has_write_back : whether an evicted expert is copied.
-    is_loop, has_curve : whether resident experts run one by one; whether they take their own times in a group too.
-    is_async : whether launches hide behind kernels.
-    is_background, is_parallel : copies beside the main process; the host beside the device.
     """
 
     entry: Ints
@@ -44,11 +39,27 @@ class Prices(NamedTuple):
     host: Ints
     call: Ints
     first_call: Ints
+
+
+class Fixed(NamedTuple):
+    """Durations in ns that depend on nothing, and how the software runs.
+
+    Parameters
+    ----------
+    grouped : what a grouped kernel takes besides its experts. expert_launch : launching one expert's ops in a loop.
+    promote, evict : copies. has_write_back : whether an evicted expert is copied.
+    scratch : experts that fit into scratch memory.
+    is_loop, has_curve : whether resident experts run one by one; whether they take their own times in a group too.
+    is_async : whether launches hide behind kernels.
+    is_background, is_parallel : copies beside the main process; the host beside the device.
+    """
+
     grouped: int
     expert_launch: int
     promote: int
     evict: int
     has_write_back: bool
+    scratch: int
     is_loop: bool
     has_curve: bool
     is_async: bool
@@ -58,7 +69,6 @@ class Prices(NamedTuple):
 
 def prices_of(workload: Workload, costs: Costs) -> Prices:
     """All that the forwards of `workload` may take."""
-    execution = costs.execution
     call, first_call = _calls(workload, costs)
     return Prices(
         entry=_pairs(*costs.entry_ns(workload.tokens, workload.context_tokens)),
@@ -71,11 +81,19 @@ def prices_of(workload: Workload, costs: Costs) -> Prices:
         host=costs.host_expert_ns,
         call=call,
         first_call=first_call,
+    )
+
+
+def fixed_of(costs: Costs, scratch: int) -> Fixed:
+    """What does not depend on a workload, with room for `scratch` experts in scratch memory."""
+    execution = costs.execution
+    return Fixed(
         grouped=costs.grouped_overhead_ns,
         expert_launch=costs.expert_launch_ns,
         promote=costs.promote_ns,
         evict=costs.evict_ns,
         has_write_back=costs.evict_bytes > 0,
+        scratch=scratch,
         is_loop=execution.kernels == "loop",
         has_curve=costs.has_expert_curve,
         is_async=execution.is_async,

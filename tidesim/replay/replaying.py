@@ -11,12 +11,13 @@ from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, copied
 from tidesim.policies import Policy
-from tidesim.replay.clock import DROPS, EVICTIONS, FIRST_ROOM, HITS, MISSES, PROMOTIONS, Clock, new_clock, play
-from tidesim.replay.prices import Prices, prices_of
+from tidesim.replay.clock import BUSY as LINK_BUSY
+from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, IS_FULL, Clock, new_clock, play
+from tidesim.replay.prices import Fixed, Prices, fixed_of, prices_of
 from tidesim.replay.routing import Routing, routing_of
 from tidesim.replay.rules import ruled
 from tidesim.replay.script import Decisions, decide
-from tidesim.result import RESOURCES, RunResult
+from tidesim.result import RunResult
 from tidesim.workload import Workload
 
 
@@ -61,7 +62,6 @@ class Replayer:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         self._routing: Routing = routing_of(workload)
-        self._max_expert_rows = int(self._routing.rows.max(initial=0))
         # By policy object, which is kept alive so that nobody else gets its identity.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
 
@@ -107,37 +107,34 @@ class Replayer:
 
     def _timed(self, decisions: Decisions, paper: PaperRun) -> Mapping[str, Any]:
         """What a `RunResult` counts and times."""
-        prices = prices_of(self.workload, paper.costs)
         resident = np.zeros((paper.model.num_layers, paper.model.num_experts), np.bool_)
         for layer, ids in enumerate(decisions.placement.experts):
             resident[layer, list(ids)] = True
-        clock, makespan_ns = self._play(decisions, prices, resident)
-        counted: dict[str, int] = {
-            name: int(clock.counted[column])
-            for name, column in (
-                ("hits", HITS),
-                ("misses", MISSES),
-                ("promotions", PROMOTIONS),
-                ("evictions", EVICTIONS),
-                ("drops", DROPS),
-            )
-        }
+        prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
+        clock, makespan_ns = self._play(decisions, prices, fixed, resident)
+        tally: list[int] = clock.tally.tolist()
+        hits, misses, promotions, evictions, drops = tally[:DEVICE_BUSY]
+        links = clock.links[:, LINK_BUSY].tolist()
         return {
-            **counted,
-            **copied(paper.costs, counted["promotions"] + counted["drops"], counted["evictions"]),
+            "hits": hits,
+            "misses": misses,
+            "promotions": promotions,
+            "evictions": evictions,
+            "drops": drops,
+            **copied(paper.costs, promotions + drops, evictions),
             "makespan_ns": makespan_ns,
             "layer_parts_ns": tuple(map(tuple, clock.parts.tolist())),
-            "busy_ns": dict(zip(RESOURCES, clock.busy.tolist(), strict=True)),
+            "busy_ns": {"device": tally[DEVICE_BUSY], "host": tally[HOST_BUSY], "h2d": links[H2D], "d2h": links[D2H]},
         }
 
-    def _play(self, decisions: Decisions, prices: Prices, resident: Any) -> tuple[Clock, int]:
+    def _play(self, decisions: Decisions, prices: Prices, fixed: Fixed, resident: Any) -> tuple[Clock, int]:
         """Walk the forwards, with more room for copies under way as long as there is too little."""
         room = FIRST_ROOM
         while True:
             clock = new_clock(resident, room)
-            rule = ruled(decisions, resident.shape[1], self._max_expert_rows)
-            makespan_ns = play(self._routing, prices, decisions.script, rule, clock, decisions.scratch)
-            if not clock.is_full[0]:
+            rule = ruled(decisions, resident.shape[1])
+            makespan_ns = play(self._routing, prices, fixed, decisions.script, rule, clock)
+            if not clock.links[:, IS_FULL].any():
                 return clock, int(makespan_ns)
             room *= 16
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from tidesim.policies.rules import Rule
+from tidesim.replay.compiling import compiled, inlined
 from tidesim.replay.script import KEEP, NOBODY, REFRESH, Decisions
 from tidesim.residency import per_layer
 from tidesim.workload import ForwardKind
@@ -24,13 +24,14 @@ _CODES = {
     "hottest-for-coldest": HOTTEST_FOR_COLDEST,
     "least-recent": LEAST_RECENT,
 }
-_DENOISE = int(ForwardKind.DENOISE)
+DENOISE_KIND = int(ForwardKind.DENOISE)
 
 
 # How CPython (3.11 to 3.14) looks for a place in a set, Objects/setobject.c.
 _LINEAR_PROBES, _PERTURB_SHIFT, _SMALLEST_TABLE = 9, 5, 8
 # A set of so many small integers has a table of 512 places or more, where each lies at its own number.
 _ASCENDING_FROM, _ASCENDING_TABLE = 77, 512
+_NEVER = 2**62
 
 
 class Ruled(NamedTuple):
@@ -40,11 +41,11 @@ class Ruled(NamedTuple):
     ----------
     code : which rule. first_block, interval : see `Rule`; interval is int64 [L].
     budgets, num_resident : int64 [L], slots, and those that are taken.
-    total : int64 [L, E], tokens so far.
+    total : int64 [L * E], tokens so far.
     older, newer : int32 [L, E + 1], the residents by their last use, a ring; place E is between newest and oldest.
     table : int32 [L, S], residents as a CPython set has them, and -1. mask : int64 [L], its places in use, less one.
-    bucket : int64 [R + 2], for sorting by counts. order : int32 [E], a buffer.
-    mark : int64 [E], stamps of who was looked at. stamp : int64 [1].
+    order : int32 [E], a buffer.
+    mark : int64 [E], stamps of who was looked at.
     part, enter, leave : the moves that were decided last, as in a `Script`; [2 E].
     """
 
@@ -58,17 +59,16 @@ class Ruled(NamedTuple):
     newer: npt.NDArray[np.int32]
     table: npt.NDArray[np.int32]
     mask: Ints
-    bucket: Ints
+    old: npt.NDArray[np.int32]
     order: npt.NDArray[np.int32]
     mark: Ints
-    stamp: Ints
     part: npt.NDArray[np.uint8]
     enter: npt.NDArray[np.int32]
     leave: npt.NDArray[np.int32]
 
 
-def ruled(decisions: Decisions, num_experts: int, max_rows: int) -> Ruled:
-    """The rule of `decisions` at the beginning of a run; `max_rows` is the most rows that an expert gets.
+def ruled(decisions: Decisions, num_experts: int) -> Ruled:
+    """The rule of `decisions` at the beginning of a run.
 
     Rules with refreshes begin with no free slot, so that a swap is all that they ever do.
     """
@@ -82,15 +82,14 @@ def ruled(decisions: Decisions, num_experts: int, max_rows: int) -> Ruled:
         interval=np.array(per_layer(rule.refresh_interval, L, "refresh_interval"), np.int64),
         budgets=np.array(decisions.budgets, np.int64),
         num_resident=np.array([len(ids) for ids in decisions.placement.experts], np.int64),
-        total=np.zeros((L, E), np.int64),
+        total=np.zeros(L * E, np.int64),
         older=ring,
         newer=ring.copy(),
         table=np.full((L, places if rule.name == "top-counts" else 1), NOBODY, np.int32),
         mask=np.full(L, _SMALLEST_TABLE - 1, np.int64),
-        bucket=np.zeros(max_rows + 2, np.int64),
+        old=np.zeros(places, np.int32),
         order=np.zeros(E, np.int32),
         mark=np.zeros(E, np.int64),
-        stamp=np.zeros(1, np.int64),
         part=np.zeros(2 * E, np.uint8),
         enter=np.zeros(2 * E, np.int32),
         leave=np.zeros(2 * E, np.int32),
@@ -100,207 +99,210 @@ def ruled(decisions: Decisions, num_experts: int, max_rows: int) -> Ruled:
     return made
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _begin(ruled: Any, layer: int, residents: Any) -> None:
     """The first residents, ascending: none was used yet, and a set of them was filled in that order."""
-    E = ruled.older.shape[1] - 1
-    ruled.older[layer, E] = ruled.newer[layer, E] = E
+    older, newer = ruled.older, ruled.newer
+    E = older.shape[1] - 1
+    older[layer, E] = newer[layer, E] = E
     for expert in residents:
+        older[layer, expert] = newer[layer, expert] = expert
         if ruled.code == LEAST_RECENT:
-            _use(ruled, layer, expert)
+            use(older[layer], newer[layer], expert)
     if ruled.code == TOP_COUNTS:
-        _build_set(ruled, layer, residents, len(residents))
-
-
-@njit(cache=True, nogil=True)
-def observe(ruled: Any, resident: Any, layer: int, experts: Any, rows: Any) -> None:
-    """The router of `layer` is done: `experts` got `rows`."""
-    if ruled.code == HOTTEST_FOR_COLDEST:
-        for number in range(len(experts)):
-            ruled.total[layer, experts[number]] += rows[number]
-    elif ruled.code == LEAST_RECENT:
-        for expert in experts:
-            if resident[layer, expert]:
-                _forget(ruled, layer, expert)
-                _use(ruled, layer, expert)
-
-
-@njit(cache=True, nogil=True)
-def refresh(ruled: Any, resident: Any, routing: Any, forward: int, layer: int, experts: Any, rows: Any) -> int:
-    """The moves of a refresh, if one is due, in the buffer; returns how many there are."""
-    if ruled.code != TOP_COUNTS and ruled.code != HOTTEST_FOR_COLDEST:
-        return 0
-    if routing.kind[forward] != _DENOISE:
-        return 0
-    is_first = ruled.first_block and routing.is_first_block[forward]
-    if not is_first and routing.step[forward] % ruled.interval[layer] != 0:
-        return 0
-    if ruled.code == TOP_COUNTS:
-        return _top_counts(ruled, resident, layer, experts, rows)
-    return _hottest_for_coldest(ruled, resident, layer)
-
-
-@njit(cache=True, nogil=True)
-def serve(ruled: Any, resident: Any, layer: int, experts: Any) -> int:
-    """What becomes of the misses among `experts`, in the buffer; returns how many moves there are."""
-    if ruled.code != LEAST_RECENT:
-        return 0
-    num_moves, E = 0, resident.shape[1]
-    for expert in experts:
-        if resident[layer, expert]:
-            continue
-        leave = NOBODY
-        if ruled.num_resident[layer] < ruled.budgets[layer]:
-            ruled.num_resident[layer] += 1
-        else:
-            leave = ruled.newer[layer, E]
-            _forget(ruled, layer, leave)
-            leave += layer * E
-        _use(ruled, layer, expert)
-        _note(ruled, num_moves, KEEP, layer * E + expert, leave)
-        num_moves += 1
-    return num_moves
-
-
-@njit(cache=True, nogil=True)
-def _note(ruled: Any, number: int, part: int, enter: int, leave: int) -> None:
-    """Put down a move."""
-    ruled.part[number], ruled.enter[number], ruled.leave[number] = part, enter, leave
+        ruled.mask[layer] = _build_set(ruled.table[layer], residents, len(residents), ruled.old)
 
 
 # --- by last use ---
 
 
-@njit(cache=True, nogil=True)
-def _use(ruled: Any, layer: int, expert: int) -> None:
-    """`expert`, which is not in the ring, is the one that was used last."""
-    E = ruled.older.shape[1] - 1
-    last = ruled.older[layer, E]
-    ruled.older[layer, expert], ruled.newer[layer, expert] = last, E
-    ruled.newer[layer, last] = ruled.older[layer, E] = expert
+@compiled
+def serve_least_recent(
+    ascending: Any,
+    here: Any,
+    older: Any,
+    newer: Any,
+    num_resident: Any,
+    budgets: Any,
+    part: Any,
+    enter: Any,
+    leave: Any,
+    layer: int,
+) -> int:
+    """All misses of `layer` are fetched and kept, in the buffer; returns how many moves there are."""
+    E, num_moves = len(here), 0
+    offset = layer * E
+    for pair in range(len(ascending)):
+        expert = np.int64(ascending[pair])
+        if here[ascending[pair]]:
+            continue
+        part[num_moves], enter[num_moves], leave[num_moves] = KEEP, offset + expert, NOBODY
+        if num_resident[layer] < budgets[layer]:
+            num_resident[layer] += 1
+        else:
+            oldest = newer[E]
+            leave[num_moves] = offset + oldest
+            _leave_ring(older, newer, oldest)
+        older[expert] = newer[expert] = expert
+        use(older, newer, expert)
+        num_moves += 1
+    return num_moves
 
 
-@njit(cache=True, nogil=True)
-def _forget(ruled: Any, layer: int, expert: int) -> None:
-    """Take `expert` out of the ring."""
-    older, newer = ruled.older[layer, expert], ruled.newer[layer, expert]
-    ruled.newer[layer, older], ruled.older[layer, newer] = newer, older
+@inlined
+def use_residents(older: Any, newer: Any, here: Any, ascending: Any) -> None:
+    """The residents that have rows are used, in ascending ids."""
+    for pair in range(len(ascending)):
+        if here[ascending[pair]]:
+            use(older, newer, np.int64(ascending[pair]))
+
+
+@inlined
+def _leave_ring(older: Any, newer: Any, expert: int) -> None:
+    """Take `expert` out of the ring. One that is alone is its own neighbour, and stays so."""
+    before, behind = older[expert], newer[expert]
+    newer[before], older[behind] = behind, before
+
+
+@inlined
+def use(older: Any, newer: Any, expert: int) -> None:
+    """`expert`, wherever it is in the ring or if it is alone, is now the one that was used last."""
+    _leave_ring(older, newer, expert)
+    E = len(older) - 1
+    last = older[E]
+    older[expert], newer[expert] = last, E
+    newer[last] = older[E] = expert
 
 
 # --- by counts so far ---
 
 
-@njit(cache=True, nogil=True)
-def _hottest_for_coldest(ruled: Any, resident: Any, layer: int) -> int:
-    """Swaps as long as the absent expert has strictly more tokens; of equals the lower id goes first."""
-    E, total, here = resident.shape[1], ruled.total[layer], resident[layer]
-    ruled.stamp[0] += 1
-    stamp, num_moves = ruled.stamp[0], 0
+@compiled
+def hottest_for_coldest(
+    total: Any, here: Any, mark: Any, stamp: int, part: Any, enter: Any, leave: Any, offset: int
+) -> int:
+    """Swaps as long as the absent expert has strictly more tokens; of equals the lower id goes first. Moves go to the
+    buffer; returns how many there are."""
+    E, num_moves = len(mark), 0
     while True:
-        hottest, coldest = NOBODY, NOBODY
+        # Without a branch, so that the compiler makes vectors of it.
+        most, least = np.int64(-1), np.int64(_NEVER)
         for expert in range(E):
-            if ruled.mark[expert] == stamp:
-                continue
-            if here[expert]:
-                if coldest == NOBODY or total[expert] < total[coldest]:
-                    coldest = expert
-            elif hottest == NOBODY or total[expert] > total[hottest]:
-                hottest = expert
-        if hottest == NOBODY or coldest == NOBODY or total[hottest] <= total[coldest]:
+            tokens, is_here, is_out = total[expert], here[expert] != 0, mark[expert] == stamp
+            most = max(most, np.int64(-1) if is_here | is_out else tokens)
+            least = min(least, np.int64(_NEVER) if is_here == is_out else tokens if is_here else np.int64(_NEVER))
+        if most <= least:
             return num_moves
-        ruled.mark[coldest] = ruled.mark[hottest] = stamp
-        _note(ruled, num_moves, REFRESH, layer * E + hottest, layer * E + coldest)
+        hottest = _first(total, here, mark, stamp, most, 0)
+        coldest = _first(total, here, mark, stamp, least, 1)
+        mark[coldest] = mark[hottest] = stamp
+        part[num_moves], enter[num_moves], leave[num_moves] = REFRESH, offset + hottest, offset + coldest
         num_moves += 1
+
+
+@inlined
+def _first(total: Any, here: Any, mark: Any, stamp: int, tokens: int, is_resident: int) -> int:
+    """The lowest id that has so many tokens, is on the device or is not, and carries no mark; there is one."""
+    expert = 0
+    # Hardly anybody has just so many tokens, so the other two are looked at last.
+    while total[expert] != tokens or here[expert] != is_resident or mark[expert] == stamp:
+        expert += 1
+    return expert
 
 
 # --- by the counts of one forward, and a set ---
 
 
-@njit(cache=True, nogil=True)
-def _top_counts(ruled: Any, resident: Any, layer: int, experts: Any, rows: Any) -> int:
-    """The experts with most rows come in; out goes who comes first in a set of the residents."""
-    E, here = resident.shape[1], resident[layer]
-    num_wanted = min(ruled.budgets[layer], len(experts))
-    _sort_by_rows(ruled, experts, rows)
-    ruled.stamp[0] += 1
-    num_moves = 0
+@compiled
+def top_counts(
+    ids: Any,
+    here: Any,
+    mark: Any,
+    stamp: int,
+    part: Any,
+    enter: Any,
+    leave: Any,
+    offset: int,
+    budget: int,
+    table: Any,
+    mask: Any,
+    order: Any,
+    old: Any,
+) -> int:
+    """The first of `ids`, sorted by rows, come in; out goes who comes first in a set of the residents. Moves go to the
+    buffer; returns how many there are. `mask` is [1]."""
+    E, num_moves, num_wanted = len(mark), 0, min(budget, len(ids))
     for number in range(num_wanted):
-        expert = ruled.order[number]
-        ruled.mark[expert] = ruled.stamp[0]
+        expert = ids[number]
+        order[number], mark[expert] = expert, stamp
         if not here[expert]:
-            _note(ruled, num_moves, REFRESH, layer * E + expert, NOBODY)
+            part[num_moves], enter[num_moves] = REFRESH, offset + expert
             num_moves += 1
-    _leave_in_set_order(ruled, here, layer, num_wanted, num_moves)
+    if budget >= _ASCENDING_FROM and E <= _ASCENDING_TABLE:
+        _leave_ascending(here, mark, stamp, offset, num_moves, leave)
+        return num_moves
+    num_members = _leave_in_set_order(table[: mask[0] + 1], mark, stamp, offset, num_moves, leave, order, num_wanted)
+    mask[0] = _build_set(table, order, num_members, old)
     return num_moves
 
 
-@njit(cache=True, nogil=True)
-def _sort_by_rows(ruled: Any, experts: Any, rows: Any) -> None:
-    """`order` begins with `experts` (ascending ids), most rows first, and of equals the lower id."""
-    most = 0
-    for number in range(len(rows)):
-        most = max(most, rows[number])
-    bucket = ruled.bucket
-    bucket[: most + 2] = 0
-    for number in range(len(rows)):
-        bucket[most - rows[number] + 1] += 1
-    for number in range(most):
-        bucket[number + 1] += bucket[number]
-    for number in range(len(rows)):
-        place = most - rows[number]
-        ruled.order[bucket[place]] = experts[number]
-        bucket[place] += 1
+@inlined
+def _leave_ascending(here: Any, mark: Any, stamp: int, offset: int, num_moves: int, leave: Any) -> None:
+    """The first `num_moves` residents, ascending, that carry no mark leave."""
+    num_left, expert = 0, 0
+    while num_left < num_moves:
+        if here[expert] and mark[expert] != stamp:
+            leave[num_left] = offset + expert
+            num_left += 1
+        expert += 1
 
 
-@njit(cache=True, nogil=True)
-def _leave_in_set_order(ruled: Any, here: Any, layer: int, num_wanted: int, num_moves: int) -> None:
-    """The first `num_moves` residents in the order of the set that carry no mark leave. The set is then built anew, of
-    who is wanted and who stays."""
-    E, num_left = len(here), 0
-    if ruled.budgets[layer] >= _ASCENDING_FROM and E <= _ASCENDING_TABLE:
-        for expert in range(E):
-            if num_left == num_moves:
-                return
-            if here[expert] and ruled.mark[expert] != ruled.stamp[0]:
-                ruled.leave[num_left] = layer * E + expert
-                num_left += 1
-        return
-    members, num_members = ruled.order, num_wanted
-    for place in range(ruled.mask[layer] + 1):
-        expert = ruled.table[layer, place]
-        if expert == NOBODY or ruled.mark[expert] == ruled.stamp[0]:
+@inlined
+def _leave_in_set_order(
+    table: Any, mark: Any, stamp: int, offset: int, num_moves: int, leave: Any, members: Any, num_members: int
+) -> int:
+    """The first `num_moves` of a set that carry no mark leave; the others without one stay, and are put down behind the
+    first `num_members` of `members`. Returns how many those are then."""
+    num_left, last = 0, num_members
+    for place in range(len(table)):
+        expert = table[place]
+        if expert == NOBODY or mark[expert] == stamp:
             continue
         if num_left < num_moves:
-            ruled.leave[num_left] = layer * E + expert
+            leave[num_left] = offset + expert
             num_left += 1
         else:
-            members[num_members] = expert
-            num_members += 1
-    _build_set(ruled, layer, members, num_members)
+            members[last] = expert
+            last += 1
+    return last
 
 
-@njit(cache=True, nogil=True)
-def _build_set(ruled: Any, layer: int, members: Any, num_members: int) -> None:
-    """`table` of `layer` as CPython has a set that `members` were put into, one after another."""
-    table, mask, num_filled = ruled.table[layer], _SMALLEST_TABLE - 1, 0
+@compiled
+def _build_set(table: Any, members: Any, num_members: int, old: Any) -> int:
+    """Fill `table` as CPython fills the table of a set with `members`, one after another; returns its mask.
+
+    `old` is a buffer of the same length.
+    """
+    mask, num_filled = _SMALLEST_TABLE - 1, 0
     table[:_SMALLEST_TABLE] = NOBODY
     for number in range(num_members):
         _put(table, mask, members[number])
         num_filled += 1
         if num_filled * 5 >= mask * 3:
-            places = _SMALLEST_TABLE
-            while places <= num_filled * 4:
-                places *= 2
-            old = table[: mask + 1].copy()
-            mask = places - 1
-            table[:places] = NOBODY
-            for member in old:
-                if member != NOBODY:
-                    _put(table, mask, member)
-    ruled.mask[layer] = mask
+            num_places = _SMALLEST_TABLE
+            while num_places <= num_filled * 4:
+                num_places *= 2
+            for place in range(mask + 1):
+                old[place] = table[place]
+            table[:num_places] = NOBODY
+            for place in range(mask + 1):
+                if old[place] != NOBODY:
+                    _put(table, num_places - 1, old[place])
+            mask = num_places - 1
+    return mask
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def _put(table: Any, mask: int, member: int) -> None:
     """Put `member`, which is its own hash, where CPython does."""
     perturb, place = member, member & mask

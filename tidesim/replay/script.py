@@ -67,7 +67,9 @@ def decide(workload: Workload, policy: Policy, shape: Shape, *, is_background: b
     placement, scratch = policy.initial(shape), policy.scratch_experts(shape.num_experts)
     # A script is checked by the residency that it goes through; a rule moves within the budgets, so its start is.
     residency = Residency(shape.num_experts, shape.budgets, placement, is_pooled=policy.scope == "network")
-    script = NO_SCRIPT if policy.rule is not None else _Writer(residency, scratch).write(workload, policy, is_background)
+    script = (
+        NO_SCRIPT if policy.rule is not None else _Writer(residency, scratch).write(workload, policy, is_background)
+    )
     return Decisions(
         placement=placement,
         budgets=shape.budgets,
