@@ -6,25 +6,169 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulator_cases import cases, make_policy, run_case
+from simulator_cases import cases, data_of, make_policy, run_case
+from toy import TOY, toy_execution, toy_hardware, toy_workload
 
-from tidesim.replay import Replayer, replay
+from tidesim.errors import BudgetError, InputError
+from tidesim.execution import EXECUTIONS, execution
+from tidesim.hardware import Contention, load_hardware
+from tidesim.moe import load_moe_config
+from tidesim.policies import POLICIES, Shape, policy
+from tidesim.policies.pieces import SetOrder
+from tidesim.policies.predictors import Previous
+from tidesim.replay import Replayer, clock, replay, replaying
+from tidesim.replay.rules import build_set
+from tidesim.shipped import find_shipped
+from tidesim.simulator import simulate
+from tidesim.trace import Trace
+
+RULED = ("all-host", "static", "tide", "tide-as-coded", "lru", "mixtral-offloading")
 
 
-def replay_case(case, **changes):
+def replay_case(case):
     workload, model, machine, (name, params), budgets, used = case
-    return replay(
-        workload,
-        model,
-        changes.get("machine", machine),
-        make_policy(name, params),
-        budget=budgets,
-        execution=used,
-        is_memory_checked=False,
-    )
+    made = make_policy(name, params)
+    return replay(workload, model, machine, made, budget=budgets, execution=used, is_memory_checked=False)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=300)
 @given(cases())
 def test_every_policy_under_every_execution_is_replayed_as_it_is_simulated(case):
     assert replay_case(case) == run_case(case)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_a_policy_is_asked_once_for_all_machines(case):
+    workload, model, machine, (name, params), budgets, used = case
+    made, replayer = make_policy(name, params), Replayer(workload)
+    slower = replace(machine, name="slower", host=replace(machine.host, bytes_per_s=machine.host.bytes_per_s / 3))
+    for each in (machine, slower, machine):
+        kwargs = {"budget": budgets, "execution": used, "is_memory_checked": False}
+        expected = simulate(workload, model, each, make_policy(name, params), **kwargs)
+        assert replayer.run(model, each, made, **kwargs) == expected
+
+
+def large_workload(rng: np.random.Generator, num_experts: int, num_forwards: int):
+    """Many experts, two layers, rows that prefer some experts for a while, as routing does."""
+    taste = rng.random((1, 2, 1, num_experts)) + np.cumsum(rng.normal(0, 0.15, (num_forwards, 2, 1, num_experts)), 0)
+    scores = taste + rng.random((num_forwards, 2, 5, num_experts))
+    picks = np.argsort(-scores, axis=-1)[..., :2]
+    counts = (picks[..., None] == np.arange(num_experts)).sum(axis=(2, 3))
+    kinds = "".join(rng.choice(list("ddddddcp"), num_forwards))
+    steps = rng.integers(0, 6, num_forwards).tolist()
+    return toy_workload(*counts, kinds=kinds, steps=steps, first_block=bool(rng.integers(2)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    name=st.sampled_from(RULED),
+    num_experts=st.sampled_from([8, 40, 130, 600]),
+    share=st.floats(0.01, 1),
+    interval=st.integers(1, 4),
+    copies=st.sampled_from(["blocking", "background"]),
+)
+def test_rules_decide_as_the_policies_that_state_them(seed, name, num_experts, share, interval, copies):
+    workload = large_workload(np.random.default_rng(seed), num_experts, 12)
+    params = data_of(name, workload, None)
+    if name.startswith("tide"):
+        params["refresh_interval"] = interval
+    model = replace(TOY, num_layers=2, num_experts=num_experts)
+    asked, ruled = policy(name, **params), policy(name, **params)
+    assert ruled.rule is not None
+    asked.rule = None
+    kwargs = {"execution": toy_execution(copies=copies, write_back=True), "is_memory_checked": False}
+    kwargs["budget"] = max(1, round(share * num_experts))
+    by_rule = replay(workload, model, toy_hardware(), ruled, **kwargs)
+    assert by_rule == replay(workload, model, toy_hardware(), asked, **kwargs)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 700), unique=True, max_size=200), st.lists(st.integers(0, 700), unique=True))
+def test_a_set_is_filled_as_cpython_does(first, more):
+    table, old = np.full(8192, -1, np.int32), np.zeros(8192, np.int32)
+    members = [*first, *(member for member in more if member not in first)]
+    mask = build_set(table, np.array(members, np.int32), len(members), old)
+    real = set(first)
+    real.update(more)
+    assert [member for member in table[: mask + 1].tolist() if member >= 0] == list(real)
+
+
+def test_the_policy_and_the_rule_reckon_with_the_same_set() -> None:
+    """Should CPython ever order sets in another way, the policy and its rule part, and this says so."""
+    order = SetOrder()
+    order.begin(Shape(8, (5,)))
+    order.settled(0, [7, 3, 1], [0, 6])
+    table, old = np.full(64, -1, np.int32), np.zeros(64, np.int32)
+    mask = build_set(table, np.array([7, 3, 1, 0, 6], np.int32), 5, old)
+    members = [member for member in table[: mask + 1].tolist() if member >= 0]
+    assert order.order(0, [], np.ones(8, np.bool_)) == members
+
+
+def test_only_policies_with_a_rule_are_not_asked() -> None:
+    workload = toy_workload([[3, 3, 0, 0, 0, 0, 0, 0]])
+    for name in POLICIES:
+        made = policy(name, **data_of(name, workload, Previous()))
+        assert (made.rule is not None) == (name in (*RULED, "all-device")), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(EXECUTIONS))
+def test_shipped_routing_is_replayed_as_it_is_simulated(name: str) -> None:
+    """All policies, on the first forwards of an answer, at a budget that most experts do not fit."""
+    used = execution(name)
+    with Trace.open(find_shipped("traces", "llada2.0-mini-synthetic", ".h5")) as trace:
+        workload = trace.workload(used.context, [0]).first(8).tiled(3)
+    model, machine = replace(load_moe_config("llada2.0-mini"), num_layers=3), load_hardware("rtx4090")
+    replayer = Replayer(workload)
+    for policy_name in POLICIES:
+        params = data_of(policy_name, workload, Previous())
+        budget = 256 if policy_name == "all-device" else 90
+        kwargs = {"budget": budget, "execution": used, "is_memory_checked": False}
+        expected = simulate(workload, model, machine, policy(policy_name, **params), **kwargs)
+        assert replayer.run(model, machine, policy(policy_name, **params), **kwargs) == expected, policy_name
+
+
+def test_copies_that_pile_up_are_given_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each forward wants two other experts, of whom more are under way than there is room for."""
+    tables = [[3, 3, 0, 0, 0, 0, 0, 0], [0, 0, 3, 3, 0, 0, 0, 0], [0, 0, 0, 0, 3, 3, 0, 0], [0, 0, 0, 0, 0, 0, 3, 3]]
+    workload = toy_workload(*([row] for row in tables * 20))
+    links = toy_hardware().links
+    slow = replace(toy_hardware(), links=replace(links, h2d_pageable=replace(links.h2d_pageable, latency_s=1e-5)))
+    kwargs = {"budget": 2, "execution": toy_execution(copies="background"), "is_memory_checked": False}
+    monkeypatch.setattr(replaying, "FIRST_ROOM", 1)
+    rooms = []
+
+    def noted(resident, room):
+        rooms.append(room)
+        return clock.new_clock(resident, room)
+
+    monkeypatch.setattr(replaying, "new_clock", noted)
+    made = policy("tide-as-coded")
+    assert replay(workload, TOY, slow, made, **kwargs) == simulate(workload, TOY, slow, made, **kwargs)
+    assert rooms == [1, 16]
+
+
+def test_machines_whose_parts_slow_each_other_are_for_the_simulator() -> None:
+    free = dict.fromkeys(Contention.__slots__, 1.0)
+    machine = replace(toy_hardware(), contention=Contention(**free))
+    workload = toy_workload([[3, 3, 0, 0, 0, 0, 0, 0]])
+    kwargs = {"budget": 2, "execution": toy_execution(), "is_memory_checked": False}
+    made = policy("lru")
+    assert replay(workload, TOY, machine, made, **kwargs) == simulate(workload, TOY, machine, made, **kwargs)
+    slowed = replace(machine, contention=Contention(**{**free, "host_beside_copies": 0.9}))
+    with pytest.raises(InputError, match=r"'paper' .*contention.*use simulate\(\), or --engine simpy"):
+        replay(workload, TOY, slowed, made, **kwargs)
+
+
+def test_inputs_are_checked_as_for_the_simulator() -> None:
+    workload, kwargs = toy_workload([[3, 3, 0, 0, 0, 0, 0, 0]]), {"execution": toy_execution()}
+    with pytest.raises(InputError, match="budget has 2 numbers"):
+        replay(workload, TOY, toy_hardware(), policy("lru"), budget=[1, 2], **kwargs)
+    with pytest.raises(BudgetError, match="must be in 0"):
+        replay(workload, TOY, toy_hardware(), policy("lru"), budget=9, **kwargs)
+    with pytest.raises(BudgetError, match="fetches into slots"):
+        replay(workload, TOY, toy_hardware(), policy("lru"), budget=0, **kwargs)
+    with pytest.raises(InputError, match="KV cache"):
+        replay(workload, TOY, toy_hardware(), policy("lru"), budget=2, execution=toy_execution(kv_cache=False))

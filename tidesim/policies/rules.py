@@ -1,4 +1,4 @@
-"""Decisions so simple that a compiled replay makes them itself, thousands of times faster than it could ask a policy."""
+"""Decisions so simple that a compiled replay makes them itself: thousands of times faster than it could ask."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

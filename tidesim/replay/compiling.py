@@ -1,11 +1,13 @@
 """How the replay is compiled."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from numba import njit
 from numba.core.cpu import CPUTargetOptions
 
+# A whole number in compiled code, Python's or NumPy's: there they are one.
+Whole: TypeAlias = Any
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Compiled code counts references to arrays, with an atomic operation for each that is handed on. Between moves that

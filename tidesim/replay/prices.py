@@ -20,7 +20,7 @@ class Prices(NamedTuple):
     Parameters
     ----------
     entry, dense, head : [F, 2], kernels and unhidden launches before the layers, in each layer, and after them.
-    alone : [R + 1, 2], the same of one expert that runs alone, by its rows.
+    alone : [R + 1, 2], the same of one expert that runs alone, by its rows; 0 for none.
     loop : [R + 1], kernels of one of several resident experts, by its rows.
     experts_bytes, experts_flops : [E + 1] by experts that have rows, [R * K + 1] by their rows: the two sides of a
         grouped kernel's roofline.
@@ -74,7 +74,7 @@ def prices_of(workload: Workload, costs: Costs) -> Prices:
         entry=_pairs(*costs.entry_ns(workload.tokens, workload.context_tokens)),
         dense=_pairs(*costs.layer_ns(workload.tokens, workload.context_tokens)),
         head=_pairs(*costs.head_ns(workload.tokens, workload.logit_tokens)),
-        alone=np.array([costs.alone_ns(loop_ns) for loop_ns in costs.loop_ns.tolist()], np.int64),
+        alone=np.array([(0, 0), *map(costs.alone_ns, costs.loop_ns[1:].tolist())], np.int64),
         loop=costs.loop_ns,
         experts_bytes=costs.grouped_bytes_ns,
         experts_flops=costs.grouped_flops_ns,

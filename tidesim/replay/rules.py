@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tidesim.policies.rules import Rule
-from tidesim.replay.compiling import compiled, inlined
-from tidesim.replay.script import KEEP, NOBODY, REFRESH, Decisions
+from tidesim.replay.compiling import Whole, compiled, inlined
+from tidesim.replay.script import KEEP, NOBODY, REFRESH, Decisions, Script
 from tidesim.residency import per_layer
 from tidesim.workload import ForwardKind
 
@@ -24,7 +24,7 @@ _CODES = {
     "hottest-for-coldest": HOTTEST_FOR_COLDEST,
     "least-recent": LEAST_RECENT,
 }
-DENOISE_KIND = int(ForwardKind.DENOISE)
+_DENOISE = int(ForwardKind.DENOISE)
 
 
 # How CPython (3.11 to 3.14) looks for a place in a set, Objects/setobject.c.
@@ -46,7 +46,7 @@ class Ruled(NamedTuple):
     table : int32 [L, S], residents as a CPython set has them, and -1. mask : int64 [L], its places in use, less one.
     order : int32 [E], a buffer.
     mark : int64 [E], stamps of who was looked at.
-    part, enter, leave : the moves that were decided last, as in a `Script`; [2 E].
+    moves : those that were decided last; `first` says nothing.
     """
 
     code: int
@@ -62,9 +62,7 @@ class Ruled(NamedTuple):
     old: npt.NDArray[np.int32]
     order: npt.NDArray[np.int32]
     mark: Ints
-    part: npt.NDArray[np.uint8]
-    enter: npt.NDArray[np.int32]
-    leave: npt.NDArray[np.int32]
+    moves: Script
 
 
 def ruled(decisions: Decisions, num_experts: int) -> Ruled:
@@ -90,9 +88,7 @@ def ruled(decisions: Decisions, num_experts: int) -> Ruled:
         old=np.zeros(places, np.int32),
         order=np.zeros(E, np.int32),
         mark=np.zeros(E, np.int64),
-        part=np.zeros(2 * E, np.uint8),
-        enter=np.zeros(2 * E, np.int32),
-        leave=np.zeros(2 * E, np.int32),
+        moves=Script(np.zeros(1, np.int64), np.zeros(E, np.uint8), *np.zeros((2, E), np.int32)),
     )
     for layer, ids in enumerate(decisions.placement.experts):
         _begin(made, layer, np.array(ids, np.int32))
@@ -100,7 +96,7 @@ def ruled(decisions: Decisions, num_experts: int) -> Ruled:
 
 
 @compiled
-def _begin(ruled: Any, layer: int, residents: Any) -> None:
+def _begin(ruled: Any, layer: Whole, residents: Any) -> None:
     """The first residents, ascending: none was used yet, and a set of them was filled in that order."""
     older, newer = ruled.older, ruled.newer
     E = older.shape[1] - 1
@@ -108,64 +104,96 @@ def _begin(ruled: Any, layer: int, residents: Any) -> None:
     for expert in residents:
         older[layer, expert] = newer[layer, expert] = expert
         if ruled.code == LEAST_RECENT:
-            use(older[layer], newer[layer], expert)
+            _use(older[layer], newer[layer], expert)
     if ruled.code == TOP_COUNTS:
-        ruled.mask[layer] = _build_set(ruled.table[layer], residents, len(residents), ruled.old)
+        ruled.mask[layer] = build_set(ruled.table[layer], residents, len(residents), ruled.old)
+
+
+@inlined
+def observe(ruled: Any, routing: Any, here: Any, at: Whole, layer: Whole) -> None:
+    """The router of `layer` is done. `here` [E] are its residents, `at` is the layer's place among all of the run."""
+    E = len(here)
+    if ruled.code == HOTTEST_FOR_COLDEST:
+        _add(ruled.total[layer * E : layer * E + E], routing.counts[at])
+    elif ruled.code == LEAST_RECENT:
+        _use_residents(
+            ruled.older[layer], ruled.newer[layer], here, routing.ascending[routing.first[at] : routing.first[at + 1]]
+        )
+
+
+@inlined
+def refresh(ruled: Any, routing: Any, here: Any, ids: Any, forward: Whole, at: Whole, layer: Whole) -> Whole:
+    """The moves of a refresh, if one is due, in the buffer; returns how many there are. `ids` are sorted by rows."""
+    num_moves, E = 0, len(here)
+    if ruled.code in (HOTTEST_FOR_COLDEST, TOP_COUNTS) and routing.kind[forward] == _DENOISE:
+        is_always = ruled.first_block and routing.is_first_block[forward]
+        if is_always or routing.step[forward] % ruled.interval[layer] == 0:
+            # Where a layer of a forward stands is as good a stamp as any.
+            if ruled.code == HOTTEST_FOR_COLDEST:
+                total = ruled.total[layer * E : layer * E + E]
+                num_moves = _hottest_for_coldest(total, here, ruled.mark, at + 1, ruled.moves, layer * E)
+            else:
+                num_moves = _top_counts(ruled, ids, here, at + 1, layer)
+    return num_moves
+
+
+@inlined
+def serve(ruled: Any, routing: Any, here: Any, begin: Whole, end: Whole, layer: Whole) -> Whole:
+    """Whom to fetch of the misses among the pairs begin:end, in the buffer; returns how many there are."""
+    num_moves = 0
+    if ruled.code == LEAST_RECENT:
+        num_moves = _fetch_all(ruled, routing.ascending[begin:end], here, ruled.older[layer], ruled.newer[layer], layer)
+    return num_moves
+
+
+@compiled
+def _add(total: Any, counts: Any) -> None:
+    """Count the rows of each expert; all of them, as the compiler makes vectors of that."""
+    for expert in range(len(counts)):
+        total[expert] += counts[expert]
 
 
 # --- by last use ---
 
 
 @compiled
-def serve_least_recent(
-    ascending: Any,
-    here: Any,
-    older: Any,
-    newer: Any,
-    num_resident: Any,
-    budgets: Any,
-    part: Any,
-    enter: Any,
-    leave: Any,
-    layer: int,
-) -> int:
+def _fetch_all(ruled: Any, ascending: Any, here: Any, older: Any, newer: Any, layer: Whole) -> Whole:
     """All misses of `layer` are fetched and kept, in the buffer; returns how many moves there are."""
-    E, num_moves = len(here), 0
-    offset = layer * E
+    moves, E, num_moves = ruled.moves, len(here), 0
     for pair in range(len(ascending)):
         expert = np.int64(ascending[pair])
         if here[ascending[pair]]:
             continue
-        part[num_moves], enter[num_moves], leave[num_moves] = KEEP, offset + expert, NOBODY
-        if num_resident[layer] < budgets[layer]:
-            num_resident[layer] += 1
+        moves.part[num_moves], moves.enter[num_moves], moves.leave[num_moves] = KEEP, layer * E + expert, NOBODY
+        if ruled.num_resident[layer] < ruled.budgets[layer]:
+            ruled.num_resident[layer] += 1
         else:
             oldest = newer[E]
-            leave[num_moves] = offset + oldest
+            moves.leave[num_moves] = layer * E + oldest
             _leave_ring(older, newer, oldest)
         older[expert] = newer[expert] = expert
-        use(older, newer, expert)
+        _use(older, newer, expert)
         num_moves += 1
     return num_moves
 
 
 @inlined
-def use_residents(older: Any, newer: Any, here: Any, ascending: Any) -> None:
+def _use_residents(older: Any, newer: Any, here: Any, ascending: Any) -> None:
     """The residents that have rows are used, in ascending ids."""
     for pair in range(len(ascending)):
         if here[ascending[pair]]:
-            use(older, newer, np.int64(ascending[pair]))
+            _use(older, newer, np.int64(ascending[pair]))
 
 
 @inlined
-def _leave_ring(older: Any, newer: Any, expert: int) -> None:
+def _leave_ring(older: Any, newer: Any, expert: Whole) -> None:
     """Take `expert` out of the ring. One that is alone is its own neighbour, and stays so."""
     before, behind = older[expert], newer[expert]
     newer[before], older[behind] = behind, before
 
 
 @inlined
-def use(older: Any, newer: Any, expert: int) -> None:
+def _use(older: Any, newer: Any, expert: Whole) -> None:
     """`expert`, wherever it is in the ring or if it is alone, is now the one that was used last."""
     _leave_ring(older, newer, expert)
     E = len(older) - 1
@@ -178,9 +206,7 @@ def use(older: Any, newer: Any, expert: int) -> None:
 
 
 @compiled
-def hottest_for_coldest(
-    total: Any, here: Any, mark: Any, stamp: int, part: Any, enter: Any, leave: Any, offset: int
-) -> int:
+def _hottest_for_coldest(total: Any, here: Any, mark: Any, stamp: Whole, moves: Any, offset: Whole) -> Whole:
     """Swaps as long as the absent expert has strictly more tokens; of equals the lower id goes first. Moves go to the
     buffer; returns how many there are."""
     E, num_moves = len(mark), 0
@@ -196,12 +222,13 @@ def hottest_for_coldest(
         hottest = _first(total, here, mark, stamp, most, 0)
         coldest = _first(total, here, mark, stamp, least, 1)
         mark[coldest] = mark[hottest] = stamp
-        part[num_moves], enter[num_moves], leave[num_moves] = REFRESH, offset + hottest, offset + coldest
+        moves.part[num_moves] = REFRESH
+        moves.enter[num_moves], moves.leave[num_moves] = offset + hottest, offset + coldest
         num_moves += 1
 
 
 @inlined
-def _first(total: Any, here: Any, mark: Any, stamp: int, tokens: int, is_resident: int) -> int:
+def _first(total: Any, here: Any, mark: Any, stamp: Whole, tokens: Whole, is_resident: Whole) -> Whole:
     """The lowest id that has so many tokens, is on the device or is not, and carries no mark; there is one."""
     expert = 0
     # Hardly anybody has just so many tokens, so the other two are looked at last.
@@ -214,40 +241,29 @@ def _first(total: Any, here: Any, mark: Any, stamp: int, tokens: int, is_residen
 
 
 @compiled
-def top_counts(
-    ids: Any,
-    here: Any,
-    mark: Any,
-    stamp: int,
-    part: Any,
-    enter: Any,
-    leave: Any,
-    offset: int,
-    budget: int,
-    table: Any,
-    mask: Any,
-    order: Any,
-    old: Any,
-) -> int:
+def _top_counts(ruled: Any, ids: Any, here: Any, stamp: Whole, layer: Whole) -> Whole:
     """The first of `ids`, sorted by rows, come in; out goes who comes first in a set of the residents. Moves go to the
-    buffer; returns how many there are. `mask` is [1]."""
-    E, num_moves, num_wanted = len(mark), 0, min(budget, len(ids))
+    buffer; returns how many there are."""
+    moves, mark, order, E, num_moves = ruled.moves, ruled.mark, ruled.order, len(here), 0
+    budget, table, offset = ruled.budgets[layer], ruled.table[layer], layer * E
+    num_wanted = min(budget, len(ids))
     for number in range(num_wanted):
         expert = ids[number]
         order[number], mark[expert] = expert, stamp
         if not here[expert]:
-            part[num_moves], enter[num_moves] = REFRESH, offset + expert
+            moves.part[num_moves], moves.enter[num_moves] = REFRESH, offset + expert
             num_moves += 1
     if budget >= _ASCENDING_FROM and E <= _ASCENDING_TABLE:
-        _leave_ascending(here, mark, stamp, offset, num_moves, leave)
+        _leave_ascending(here, mark, stamp, offset, num_moves, moves.leave)
         return num_moves
-    num_members = _leave_in_set_order(table[: mask[0] + 1], mark, stamp, offset, num_moves, leave, order, num_wanted)
-    mask[0] = _build_set(table, order, num_members, old)
+    places = table[: ruled.mask[layer] + 1]
+    num_members = _leave_in_set_order(places, mark, stamp, offset, num_moves, moves.leave, order, num_wanted)
+    ruled.mask[layer] = build_set(table, order, num_members, ruled.old)
     return num_moves
 
 
 @inlined
-def _leave_ascending(here: Any, mark: Any, stamp: int, offset: int, num_moves: int, leave: Any) -> None:
+def _leave_ascending(here: Any, mark: Any, stamp: Whole, offset: Whole, num_moves: Whole, leave: Any) -> None:
     """The first `num_moves` residents, ascending, that carry no mark leave."""
     num_left, expert = 0, 0
     while num_left < num_moves:
@@ -259,8 +275,8 @@ def _leave_ascending(here: Any, mark: Any, stamp: int, offset: int, num_moves: i
 
 @inlined
 def _leave_in_set_order(
-    table: Any, mark: Any, stamp: int, offset: int, num_moves: int, leave: Any, members: Any, num_members: int
-) -> int:
+    table: Any, mark: Any, stamp: Whole, offset: Whole, num_moves: Whole, leave: Any, members: Any, num_members: Whole
+) -> Whole:
     """The first `num_moves` of a set that carry no mark leave; the others without one stay, and are put down behind the
     first `num_members` of `members`. Returns how many those are then."""
     num_left, last = 0, num_members
@@ -278,19 +294,18 @@ def _leave_in_set_order(
 
 
 @compiled
-def _build_set(table: Any, members: Any, num_members: int, old: Any) -> int:
+def build_set(table: Any, members: Any, num_members: Whole, old: Any) -> Whole:
     """Fill `table` as CPython fills the table of a set with `members`, one after another; returns its mask.
 
     `old` is a buffer of the same length.
     """
-    mask, num_filled = _SMALLEST_TABLE - 1, 0
+    mask = _SMALLEST_TABLE - 1
     table[:_SMALLEST_TABLE] = NOBODY
     for number in range(num_members):
         _put(table, mask, members[number])
-        num_filled += 1
-        if num_filled * 5 >= mask * 3:
+        if (number + 1) * 5 >= mask * 3:
             num_places = _SMALLEST_TABLE
-            while num_places <= num_filled * 4:
+            while num_places <= (number + 1) * 4:
                 num_places *= 2
             for place in range(mask + 1):
                 old[place] = table[place]
@@ -303,7 +318,7 @@ def _build_set(table: Any, members: Any, num_members: int, old: Any) -> int:
 
 
 @inlined
-def _put(table: Any, mask: int, member: int) -> None:
+def _put(table: Any, mask: Whole, member: Whole) -> None:
     """Put `member`, which is its own hash, where CPython does."""
     perturb, place = member, member & mask
     while True:
