@@ -22,6 +22,7 @@ RANKS = (
     ("trace", "policies"),
     ("paper_run",),
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
+    ("timing",),
     ("planner",),
     ("comparison",),
     ("engine", "report", "console"),

@@ -19,7 +19,7 @@ from tidesim.planner.candidates import distinct_intervals
 from tidesim.policies import Policy
 from tidesim.policies.knowledge import Knowledge
 from tidesim.result import RunResult
-from tidesim.simulator import simulate
+from tidesim.timing import timed
 from tidesim.workers import Progress, Workers
 from tidesim.workload import Context, Workload
 
@@ -281,7 +281,7 @@ def _made(course: _Course, contender: Contender) -> Policy:
 
 
 def _simulated(setting: _Setting, course: _Course, made: Policy, budgets: tuple[int, ...]) -> RunResult:
-    return simulate(
+    return timed(
         course.workload,
         setting.model,
         setting.hardware,

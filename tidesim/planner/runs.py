@@ -1,4 +1,4 @@
-"""The runs that planning needs, each simulated once, on several processes at a time."""
+"""The runs that planning needs, each timed once, on several processes at a time."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.policies import Policy, policy
 from tidesim.result import RunResult
-from tidesim.simulator import simulate
+from tidesim.timing import timed
 from tidesim.workers import Progress, Workers
 from tidesim.workload import Workload
 
@@ -60,9 +60,9 @@ class Setting:
     seed: int
 
     def run(self, case: Case) -> RunResult:
-        """Simulate one case. Whether it fits the device is not asked: a table may hold more than fits."""
+        """Time one case. Whether it fits the device is not asked: a table may hold more than fits."""
         popularity = self.popularity if case.sequences == self.held_out else self.tuning_popularity
-        return simulate(
+        return timed(
             self.workloads[case.sequences],
             self.model,
             self.hardware,
@@ -82,7 +82,7 @@ def make_policy(name: str, interval: tuple[int, ...] | None, popularity: npt.NDA
 
 
 class Runs:
-    """Simulates cases and remembers their results; use it in a `with` statement.
+    """Times cases and remembers their results; use it in a `with` statement.
 
     Parameters
     ----------

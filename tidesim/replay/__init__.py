@@ -7,8 +7,21 @@ compiled code that decides the same, and timed then. The results are those of `s
 
 One thing is beyond it: device, host and copies that slow each other down while they run. Profiles that say so
 (`contention`) are refused with a pointer to the simulator.
+
+The first run on a machine compiles, for some ten seconds; what was compiled is kept on disk.
 """
 
-from tidesim.replay.replaying import Replayer, replay
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Replayer", "replay"]
+if TYPE_CHECKING:
+    from tidesim.replay.replaying import Replayer, is_compiled, is_contended, replay
+
+__all__ = ["Replayer", "is_compiled", "is_contended", "replay"]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing numba takes longer than most commands, so only who replays waits for it.
+    if name in __all__:
+        return getattr(import_module("tidesim.replay.replaying"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """One run, or many on the same routing, from their inputs to their results."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,11 @@ class Replayer:
         expected: Hardware | None = None,
     ) -> RunResult:
         """One run; see `replay`."""
-        check_uncontended(hardware)
+        if is_contended(hardware):
+            raise InputError(
+                f"profile {hardware.name!r} says how much device, host and copies slow each other down (contention); "
+                "that is for the event simulator: use simulate(), or --engine simpy."
+            )
         paper = PaperRun(
             workload=self.workload,
             model=model,
@@ -139,13 +144,15 @@ class Replayer:
             room *= 16
 
 
-def check_uncontended(hardware: Hardware) -> None:
-    """Raise InputError if device, host and copies slow each other down on `hardware`."""
+def is_contended(hardware: Hardware) -> bool:
+    """Whether device, host and copies slow each other down on `hardware`."""
     contention = hardware.contention
-    if contention is None:
-        return
-    if any(contention.share(who, beside) < 1 for who in BUSY for beside in BUSY if who != beside):
-        raise InputError(
-            f"profile {hardware.name!r} says how much device, host and copies slow each other down (contention); that "
-            "is for the event simulator: use simulate(), or --engine simpy."
-        )
+    pairs = [(who, beside) for who in BUSY for beside in BUSY if who != beside]
+    return contention is not None and any(contention.share(*pair) < 1 for pair in pairs)
+
+
+def is_compiled() -> bool:
+    """Whether a run can begin at once; if not, the first one compiles what replays it."""
+    return bool(play.signatures) or bool(
+        play.stats.cache_path and any(Path(play.stats.cache_path).glob("clock.play-*.nbi"))
+    )

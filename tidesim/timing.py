@@ -1,0 +1,30 @@
+"""Who times a run on paper: the compiled replay wherever it says the same as the event simulator."""
+
+from functools import lru_cache
+from typing import Any
+
+from tidesim import replay
+from tidesim.hardware import Hardware
+from tidesim.moe import MoEConfig
+from tidesim.policies import Policy
+from tidesim.result import RunResult
+from tidesim.simulator import simulate
+from tidesim.workload import Workload
+
+_KEPT_WORKLOADS = 4  # read for replay and not forgotten yet
+
+
+def timed(workload: Workload, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Any) -> RunResult:
+    """One run; `settings` are those that `simulate` and `replay` share.
+
+    A profile whose device, host and copies slow each other down is for the simulator. Raise what `simulate` raises.
+    """
+    if replay.is_contended(hardware):
+        return simulate(workload, model, hardware, policy, **settings)
+    return _replayer(workload).run(model, hardware, policy, **settings)
+
+
+@lru_cache(maxsize=_KEPT_WORKLOADS)
+def _replayer(workload: Workload) -> "replay.Replayer":
+    """Workloads are compared by identity, so each is read once."""
+    return replay.Replayer(workload)
