@@ -389,7 +389,7 @@ def _model(
     if dummy_weights is None and layers is not None:
         raise InputError(f"layers(={layers}) is for --dummy-weights; a model's own weights are run whole.")
     with console.steps("opening") as step:
-        step("the model; its kernels are compiled the first time, for half a minute", 0)
+        step("the model; its kernels are compiled the first time, which takes a while", 0)
         if dummy_weights is None:
             return open_model(find_shipped("models", model), settings)
         return dummy_model(find_shipped("models", dummy_weights), settings, layers, seed)
