@@ -33,10 +33,12 @@ class Row:
 
     Parameters
     ----------
+    name, family : see `Contender`.
     result : its run.
     ceiling : the bound on runs like it: under its execution, with slots of each layer's own, or with slots that all
         layers share.
     scratch : experts of scratch memory, which it has that much fewer slots for.
+    is_routing_only : whether it decides without the profile's times.
     is_best_of_family : whether no other interval of the same policy is faster; of equally fast ones, the shortest.
     """
 

@@ -282,7 +282,8 @@ class Composition(Policy):
     start : who is resident at first.
     refresh : when and how residents are chosen afresh; None: never.
     split : what becomes of misses.
-    victims : whose slots fetched experts take, one after another, that fetched in this very forward not excepted.
+    victims : whose slots fetched experts take, one after another, those fetched in this very forward not
+        excepted.
     prefetch : who is fetched for later layers, as far as there are victims that have no rows in the running layer;
         whoever it expects is no victim. None: nobody.
     is_in_use_safe : whether nobody who has rows in this forward may be a victim of a fetch. If no other victim is left,
