@@ -10,6 +10,7 @@ import pytest
 from ceiling_programme import Programme
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import OptimizeResult
 from simulator_cases import cases, make_policy
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
@@ -17,7 +18,7 @@ from tidesim import Trace, load_hardware, load_moe_config
 from tidesim.ceiling import hit_ceiling, time_ceiling
 from tidesim.ceiling.ascent import ascend
 from tidesim.ceiling.relaxation import Relaxation
-from tidesim.errors import BudgetError, InputError
+from tidesim.errors import BudgetError, InputError, TidesimError
 from tidesim.execution import Costs, execution
 from tidesim.hardware.machine import Contention, Curve
 from tidesim.policies import Policy, Serving, policy
@@ -67,6 +68,12 @@ def test_hits_are_a_flow_of_slots(seed: int) -> None:
         for layer, budget in enumerate(slots)
     ]
     assert hit_ceiling(toy_workload(*counts), slots) == -sum(flows)
+
+
+def test_a_solver_that_gives_up_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tidesim.ceiling.hits.linprog", lambda *_, **__: OptimizeResult(fun=None, message="tired"))
+    with pytest.raises(TidesimError, match="the solver gave up on the most hits of a layer: tired"):
+        hit_ceiling(toy_workload([FIRST]), 1)
 
 
 def flow_of_slots(slots, is_used, saving, entering, evict):

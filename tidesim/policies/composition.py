@@ -88,19 +88,13 @@ class MostPopular:
 
 @dataclass(frozen=True)
 class RandomIds:
-    """Experts of each layer, or, "network", of all layers together, drawn at random with `seed`.
-
-    The same for the same shape.
-    """
+    """Experts of all layers together, drawn at random with `seed`: the same for the same shape."""
 
     seed: int
-    across: Literal["layer", "network"] = "layer"
 
     def __call__(self, shape: Shape) -> Placement:
         """The placement."""
         rng, E = np.random.default_rng(self.seed), shape.num_experts
-        if self.across == "layer":
-            return Placement.of(rng.permutation(E)[:budget] for budget in shape.budgets)
         chosen = rng.permutation(shape.num_layers * E)[: sum(shape.budgets)]
         return Placement.of(chosen[chosen // E == layer] % E for layer in range(shape.num_layers))
 
