@@ -343,6 +343,12 @@ def rivals(base: tuple[str, ...]) -> tuple[object, ...]:
     return ("compare", *base[1:], *few, "--budget", 64)
 
 
+@pytest.fixture
+def never_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a comparison begins."""
+    monkeypatch.setattr("tidesim.cli.paper.run_comparison", lambda *_, **__: pytest.fail("it began"))
+
+
 def test_compare_shows_the_origin_the_ceiling_and_every_policy(
     run: Run, rivals: tuple[object, ...], tmp_path: Path
 ) -> None:
@@ -374,9 +380,30 @@ def test_compare_draws_a_picture(run: Run, rivals: tuple[object, ...], tmp_path:
     picture = tmp_path / "compared.png"
     assert run(*rivals, "--picture", picture)[0] == 0
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    code, out, err = run(*rivals, "--picture", tmp_path / "no" / "compared.png")
+
+
+@pytest.mark.usefixtures("never_compares")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("no/compared.png", "compared.png: cannot be written"), ("compared.tide", "no picture ends so; take .png")],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_runs(
+    run: Run, rivals: tuple[object, ...], tmp_path: Path, name: str, said: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    code, out, err = run(*rivals, "--picture", tmp_path / name)
     assert (code, out) == (2, "")
-    assert "compared.png: cannot be written" in err
+    assert said in err
+
+
+@pytest.mark.usefixtures("never_compares")
+def test_a_picture_without_matplotlib_is_refused_before_anything_runs(
+    run: Run, rivals: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run(*rivals, "--picture", tmp_path / "compared.png")
+    assert (code, out) == (2, "")
+    assert "drawing needs matplotlib: install the extra, pip install 'tidesim[engine]'" in err
 
 
 def test_a_comparison_that_cannot_be_made_says_why(run: Run, rivals: tuple[object, ...]) -> None:

@@ -1,12 +1,15 @@
 """Policies made by name: what each of them is given of what is known, and what is said where it is not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toy import toy_workload
 
 from tidesim.errors import InputError
-from tidesim.policies import POLICIES, Shape, parameters_of
+from tidesim.policies import POLICIES, Ahead, Shape, forwards_of, parameters_of
 from tidesim.policies.knowledge import PREDICTORS, Knowledge
+from tidesim.residency import Moves
 
 E = 4
 CORPUS = toy_workload([[5, 3, 1, 0], [0, 4, 4, 1]])
@@ -50,3 +53,11 @@ def test_a_predictor_is_what_its_name_says_and_known_only_where_it_can_be() -> N
         KNOWN.make("lru", {"predictor": "previous"})
     with pytest.raises(InputError, match="did you mean 'lru'"):
         KNOWN.make("lur", {})
+
+
+def test_a_recorded_look_ahead_is_what_foretells() -> None:
+    foretold = replace(CORPUS, lookahead=np.array([[[0, 0, 0, 0], [0, 0, 2, 0]]], np.int32))
+    made = Knowledge(workload=foretold).make("pre-gated", {"predictor": "look-ahead"})
+    made.initial(Shape(E, (2, 2)))
+    (forward,) = forwards_of(CORPUS)
+    assert made.ahead(forward, 0, CORPUS.counts[0, 0], np.zeros((2, E), np.bool_)) == [Ahead(1, Moves((2,)))]

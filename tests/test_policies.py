@@ -1,3 +1,5 @@
+"""TIDE, LRU and the references: golden moves by hand, and the contract that every policy keeps."""
+
 import inspect
 import sys
 from collections.abc import Iterable, Sequence
@@ -7,68 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_cases import Step, forward, run, runs
 from simulator_cases import EMPTY_AT_FIRST, data_of
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim.errors import BudgetError, InputError
 from tidesim.execution import Costs
-from tidesim.policies import POLICIES, ForwardInfo, Policy, Shape, policy
+from tidesim.policies import POLICIES, Policy, Shape, policy
 from tidesim.policies.predictors import Oracle
-from tidesim.residency import Residency
 from tidesim.workload import ForwardKind
-
-# A step of a run: which forward, and how many tokens each expert of each layer got, [L, E].
-Step = tuple[ForwardInfo, np.ndarray]
-
-
-def forward(
-    index: int = 0, *, kind: ForwardKind = ForwardKind.DENOISE, block: int = 1, step: int = 0, first: bool = False
-) -> ForwardInfo:
-    return ForwardInfo(index, 0, kind, block, step, first, tokens=4)
-
-
-def run(
-    policy: Policy,
-    budgets: Sequence[int],
-    steps: Iterable[Step],
-    *,
-    is_background: bool = False,
-    costs: Costs | None = None,
-):
-    """Every non-empty move as (forward, layer, promote, evict), in order; the residency guards each of them."""
-    steps = list(steps)
-    num_experts = steps[0][1].shape[1]
-    start = policy.initial(Shape(num_experts, tuple(budgets), costs))
-    residency = Residency(num_experts, budgets, start, is_pooled=policy.scope == "network")
-    log = []
-
-    def refresh(info, layer, counts):
-        moves = policy.refresh(info, layer, counts, residency.everybody)
-        residency.apply(layer, moves)
-        return [(layer, moves)]
-
-    def serve(info, layer, counts):
-        missed = np.flatnonzero((counts > 0) & ~residency.is_resident(layer)).tolist()
-        serving = policy.serve(info, layer, missed, counts, residency.everybody)
-        serving.check(layer, policy.scratch_experts(num_experts))
-        residency.fetch(layer, serving.keep)
-        return [(layer, serving.keep)]
-
-    def ahead(info, layer, counts):
-        there = policy.ahead(info, layer, counts, residency.everybody)
-        for other, moves in there:
-            residency.apply(other, moves)
-        return there
-
-    for info, table in steps:
-        for layer, counts in enumerate(table):
-            counts.flags.writeable = False
-            policy.observe(info, layer, counts, residency.everybody)
-            parts = (serve, ahead, refresh) if is_background else (refresh, serve, ahead)
-            for there, moves in [found for part in parts for found in part(info, layer, counts)]:
-                if moves:
-                    log.append((info.index, there, moves.promote, moves.evict))
-    return log, residency
 
 
 def one_layer(*rows: Sequence[int]) -> list[Step]:
@@ -199,24 +148,6 @@ def make(name: str, steps: Sequence[Step]) -> Policy:
     # A threshold small enough for every forward of `runs` to reach it.
     small = {"threshold": 4} if "threshold" in inspect.signature(POLICIES[name]).parameters else {}
     return policy(name, **data_of(name, workload, Oracle(workload)), **small)
-
-
-@st.composite
-def runs(draw: st.DrawFn) -> tuple[list[int], list[Step]]:
-    """Budgets, and forwards of all kinds over several blocks."""
-    num_layers, num_experts = draw(st.integers(1, 2)), draw(st.integers(2, 9))
-    budgets = draw(st.lists(st.integers(1, num_experts), min_size=num_layers, max_size=num_layers))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    steps: list[Step] = [
-        (forward(0, kind=ForwardKind.PREFILL, first=True), rng.integers(0, 4, (num_layers, num_experts)))
-    ]
-    for block in range(1, draw(st.integers(1, 3)) + 1):
-        length = draw(st.integers(1, 4))
-        for step in range(length + 1):
-            kind = ForwardKind.COMMIT if step == length else ForwardKind.DENOISE
-            info = forward(len(steps), kind=kind, block=block, step=step, first=block == 1)
-            steps.append((info, rng.integers(0, 4, (num_layers, num_experts)) * rng.integers(0, 2, num_experts)))
-    return budgets, [(info, table.astype(np.int32)) for info, table in steps]
 
 
 def costs_of(steps: Sequence[Step]) -> Costs:

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_cases import Answer, answers, forward, run, steps_of
 from simulator_cases import MIXED, parts, play
-from test_policies import forward, run
-from test_policies_hybrid import Answer, answers, steps_of
 
 from tidesim.errors import BudgetError, InputError
 from tidesim.policies import Shape, policy

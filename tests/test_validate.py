@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,16 @@ def test_the_command_writes_table_and_picture(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, [str(word) for word in words])
     assert "Kendall's tau" in shown.stdout
     assert "all-host B=0" in shown.stdout
+
+
+def test_a_missing_matplotlib_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("tidesim.cli.live._profile", lambda *_: pytest.fail("it began"))
+    done = CliRunner().invoke(app, ["validate", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert isinstance(done.exception, InputError)
+    assert "drawing needs matplotlib" in str(done.exception)
 
 
 def test_a_profile_that_does_not_predict_a_real_step_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Pictures of runs: the timeline, in the event format that Perfetto and chrome://tracing open, and figures (PNG).
 
-matplotlib is imported when a figure is drawn: it comes with the engine, and nothing else needs it.
+matplotlib is imported when a figure is asked for: it comes with the engine, and nothing else needs it.
 """
 
 import json
@@ -40,6 +40,19 @@ def save_timeline(intervals: Sequence[Interval], result: RunResult, path: Path) 
 
 # Categorical colours that stay apart for most colour-blind readers: Okabe and Ito, Color Universal Design (2008).
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+
+
+def check_picture(path: Path) -> None:
+    """Find out before long work whether a figure can be drawn into `path` after it.
+
+    Raise InputError if matplotlib is not installed, if the folder does not exist, or if the file's ending is that of no
+    picture.
+    """
+    known = _new_figure(1, 1).canvas.get_supported_filetypes()
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written (no folder {path.parent}); make it first.")
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise InputError(f"{path}: no picture ends so; take .png, or one of {', '.join(sorted(known))}.")
 
 
 def save_comparison(document: Mapping[str, Any], path: Path) -> None:

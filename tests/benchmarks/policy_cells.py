@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import replace
 
-from tidesim.comparison import Comparison, Row, compare
+from tidesim.comparison import STATIC_IN_HINDSIGHT, Comparison, Row, compare
 from tidesim.execution import EXECUTIONS
 from tidesim.hardware import load_hardware
 from tidesim.moe import MoEConfig, load_moe_config
@@ -47,7 +47,7 @@ def cell(comparison: Comparison) -> dict[str, object]:
     rows = list(comparison.rows)
     tides = {name: fastest([row for row in rows if row.family == name]) for name in TIDES}
     tide, gain = fastest(list(tides.values())), fastest([row for row in rows if row.name == "gain"])
-    static = fastest([row for row in rows if row.name.startswith("static, best")])
+    static = fastest([row for row in rows if row.name == STATIC_IN_HINDSIGHT])
     others = [row for row in rows if row.family not in TIDES and row not in (gain, static)]
     ceiling_s = gain.ceiling.makespan_ns / 1e9
     gap_s = tide.result.makespan_s - ceiling_s

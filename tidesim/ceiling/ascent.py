@@ -42,8 +42,8 @@ class Multipliers(NamedTuple):
     slot: Floats
 
 
-def ascend(relaxation: Relaxation, slots: Floats) -> tuple[float, int]:
-    """The best bound found on the makespan, in ns, and the iterations that it took.
+def ascend(relaxation: Relaxation, slots: Floats) -> float:
+    """The best bound found on the makespan, in ns.
 
     `slots` is [L], or [1] if all layers share them.
     """
@@ -60,7 +60,7 @@ def ascend(relaxation: Relaxation, slots: Floats) -> tuple[float, int]:
         if size < LAST_STEP:
             break
         multipliers = steps.move(multipliers, slopes, size)
-    return best, iteration
+    return best
 
 
 def bound(relaxation: Relaxation, slots: Floats, multipliers: Multipliers) -> tuple[float, Multipliers]:

@@ -27,14 +27,12 @@ class Ceiling:
     generated_tokens : those of the workload.
     budgets : slots of each layer, [L].
     is_pooled : whether all layers may share the slots of all.
-    num_iterations : of the ascent that found the bound.
     """
 
     makespan_ns: int
     generated_tokens: int
     budgets: tuple[int, ...]
     is_pooled: bool
-    num_iterations: int
 
     @property
     def tok_per_s(self) -> float:
@@ -70,13 +68,12 @@ def time_ceiling(workload: Workload, costs: Costs, budget: int | Sequence[int], 
     check_budgets(budgets, workload.num_experts)
     _check_fit(workload, costs)
     slots = np.array([sum(budgets)] if is_pooled else budgets, np.float64)
-    bound_ns, num_iterations = ascend(Relaxation.of(workload, costs), slots)
+    bound_ns = ascend(Relaxation.of(workload, costs), slots)
     return Ceiling(
         makespan_ns=floor(bound_ns * (1 - _FLOAT_SLACK)),
         generated_tokens=workload.generated_tokens,
         budgets=budgets,
         is_pooled=is_pooled,
-        num_iterations=num_iterations,
     )
 
 

@@ -30,7 +30,7 @@ from tidesim.hardware import Hardware, load_hardware
 from tidesim.planner import Plan
 from tidesim.policies import POLICIES, policy
 from tidesim.policies.knowledge import PREDICTORS, Knowledge
-from tidesim.report import save_timeline, save_validation
+from tidesim.report import check_picture, save_timeline, save_validation
 from tidesim.shipped import find_shipped
 from tidesim.trace import Trace, Workload
 
@@ -288,6 +288,8 @@ def validate(
     settings, machine = _device(device, device_threads, host_threads, pace)
     _check_routing(dummy_weights, routing)
     out.mkdir(parents=True, exist_ok=True)
+    picture = out / "validation.png"
+    check_picture(picture)
     profile = _profile(hardware, settings, dummy_weights or model, out, seed)
     with _model(model, dummy_weights, layers, settings, seed) as live, ExitStack() as stack:
         num_experts, how = live.sizes.num_experts, execution(execution_name)
@@ -314,7 +316,7 @@ def validate(
             progress=stack.enter_context(console.progress("validating")),
         )
     validation.save_csv(out / "validation.csv")
-    save_validation(validation.to_dict(), out / "validation.png")
+    save_validation(validation.to_dict(), picture)
     console.show(validation.to_dict(), console.validation_tables, as_json)
 
 
@@ -387,7 +389,7 @@ def _model(
     if dummy_weights is None and layers is not None:
         raise InputError(f"layers(={layers}) is for --dummy-weights; a model's own weights are run whole.")
     with console.steps("opening") as step:
-        step("the model; its kernels are compiled the first time, for half a minute", 0)
+        step("the model; its kernels are compiled the first time, which takes a while", 0)
         if dummy_weights is None:
             return open_model(find_shipped("models", model), settings)
         return dummy_model(find_shipped("models", dummy_weights), settings, layers, seed)

@@ -41,7 +41,7 @@ from tidesim.planner import plan as make_plan
 from tidesim.planner import split_sequences
 from tidesim.policies import POLICIES, Policy
 from tidesim.policies.knowledge import Knowledge
-from tidesim.report import save_comparison, save_timeline
+from tidesim.report import check_picture, save_comparison, save_timeline
 from tidesim.result import Interval
 from tidesim.shipped import find_shipped
 from tidesim.simulator import simulate as run_simulation
@@ -215,6 +215,8 @@ def compare(
     as_json: JsonFlag = False,
 ) -> None:
     """Run every policy on the same sequences with the same memory, beside the ceiling that none can pass."""
+    if picture is not None:
+        check_picture(picture)
     machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
     reserve = reserve_bytes(reserve_gib)
     with Trace.open(trace_name) as opened:

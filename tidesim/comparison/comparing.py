@@ -33,10 +33,12 @@ class Row:
 
     Parameters
     ----------
+    name, family : see `Contender`.
     result : its run.
     ceiling : the bound on runs like it: under its execution, with slots of each layer's own, or with slots that all
         layers share.
     scratch : experts of scratch memory, which it has that much fewer slots for.
+    is_routing_only : whether it decides without the profile's times.
     is_best_of_family : whether no other interval of the same policy is faster; of equally fast ones, the shortest.
     """
 
@@ -117,7 +119,7 @@ class _Course:
     """What all runs under one execution share; `hindsight` [L, E] is what the host would take for an expert, ns."""
 
     workload: Workload
-    knowledge: Knowledge
+    corpus: Workload
     costs: Costs
     hindsight: npt.NDArray[np.int64]
 
@@ -192,11 +194,9 @@ def compare(
         has_lookahead=workload.lookahead is not None,
         has_own_executions=by_context is not None,
     )
-    hows: dict[str | None, Execution] = {None: execution}
-    hows |= {one.execution: EXECUTIONS[one.execution] for one in who if one.execution is not None}
     known = {**(by_context or {}), execution.context: (workload, corpus)}
     setting = _Setting(
-        courses={name: _course(*known[how.context], model, hardware, how) for name, how in hows.items()},
+        courses=_courses(who, execution, known, model, hardware),
         model=model,
         hardware=hardware,
         budget=budget,
@@ -204,33 +204,8 @@ def compare(
         reserve_bytes=reserve_bytes,
         is_memory_checked=is_memory_checked,
     )
-    outcomes = []
-    with Workers(setting, workers) as pool:
-        for outcome in pool.map(_run, who):
-            outcomes.append(outcome)
-            if progress is not None:
-                progress(len(outcomes), len(who))
-    ceilings = _ceilings(setting, who, outcomes)
-    rows = _rows(who, outcomes, ceilings)
-    return Comparison(
-        rows=rows,
-        left_out={one.name: outcome.reason for one, outcome in zip(who, outcomes, strict=True) if outcome.reason},
-        execution=execution,
-        has_own_executions=by_context is not None,
-        ceiling=ceilings[None, False],
-        pooled_ceiling=ceilings[None, True],
-        most_hits=hit_ceiling(workload, budget),
-        num_pairs=int(workload.counts.sum(dtype=np.int64)),
-        budget=budget,
-        sequences=_sequences(workload),
-        corpus=_sequences(corpus),
-        warnings=warnings_about(
-            [(course.workload, course.costs) for course in setting.courses.values()],
-            budget,
-            [row.result for row in rows],
-            has_own_executions=by_context is not None,
-        ),
-    )
+    outcomes = _outcomes(setting, who, workers, progress)
+    return _compared(setting, who, outcomes, has_own_executions=by_context is not None)
 
 
 def slots_left(budget: int, scratch: int, num_layers: int) -> tuple[int, ...] | None:
@@ -245,12 +220,40 @@ def slots_left(budget: int, scratch: int, num_layers: int) -> tuple[int, ...] | 
     return tuple(each + (layer < more) for layer in range(num_layers))
 
 
+# --- the runs ---
+
+
+def _courses(
+    who: Sequence[Contender],
+    execution: Execution,
+    known: Mapping[Context, tuple[Workload, Workload]],
+    model: MoEConfig,
+    hardware: Hardware,
+) -> Mapping[str | None, _Course]:
+    """A course for each execution that somebody runs under; `known` has workload and corpus by context."""
+    own = [one.execution for one in who if one.execution is not None]
+    hows: dict[str | None, Execution] = {None: execution} | {name: EXECUTIONS[name] for name in own}
+    return {name: _course(*known[how.context], model, hardware, how) for name, how in hows.items()}
+
+
 def _course(workload: Workload, corpus: Workload, model: MoEConfig, hardware: Hardware, how: Execution) -> _Course:
     """What there is to know and how long things take, under one execution."""
     costs = Costs(model, hardware, how, int(workload.tokens.max()))
     hindsight = costs.host_expert_ns[workload.counts].sum(axis=0)
-    knowledge = Knowledge(workload=workload, corpus=corpus)
-    return _Course(workload=workload, knowledge=knowledge, costs=costs, hindsight=hindsight)
+    return _Course(workload=workload, corpus=corpus, costs=costs, hindsight=hindsight)
+
+
+def _outcomes(
+    setting: _Setting, who: Sequence[Contender], workers: int | None, progress: Progress | None
+) -> list[_Outcome]:
+    """One for each contender."""
+    outcomes = []
+    with Workers(setting, workers) as pool:
+        for outcome in pool.map(_run, who):
+            outcomes.append(outcome)
+            if progress is not None:
+                progress(len(outcomes), len(who))
+    return outcomes
 
 
 def _run(setting: _Setting, contender: Contender) -> _Outcome:
@@ -277,7 +280,7 @@ def _made(course: _Course, contender: Contender) -> Policy:
     params = dict(contender.params)
     if params.get("popularity") == "hindsight":
         params["popularity"] = course.hindsight
-    return course.knowledge.make(contender.policy, params)
+    return Knowledge(workload=course.workload, corpus=course.corpus).make(contender.policy, params)
 
 
 def _simulated(setting: _Setting, course: _Course, made: Policy, budgets: tuple[int, ...]) -> RunResult:
@@ -290,6 +293,37 @@ def _simulated(setting: _Setting, course: _Course, made: Policy, budgets: tuple[
         execution=course.costs.execution,
         seed=setting.seed,
         is_memory_checked=False,
+    )
+
+
+# --- what they come to ---
+
+
+def _compared(
+    setting: _Setting, who: Sequence[Contender], outcomes: Sequence[_Outcome], *, has_own_executions: bool
+) -> Comparison:
+    """The runs beside their ceilings."""
+    shared = setting.courses[None]
+    ceilings = _ceilings(setting, who, outcomes)
+    rows = _rows(who, outcomes, ceilings)
+    return Comparison(
+        rows=rows,
+        left_out={one.name: outcome.reason for one, outcome in zip(who, outcomes, strict=True) if outcome.reason},
+        execution=shared.costs.execution,
+        has_own_executions=has_own_executions,
+        ceiling=ceilings[None, False],
+        pooled_ceiling=ceilings[None, True],
+        most_hits=hit_ceiling(shared.workload, setting.budget),
+        num_pairs=int(shared.workload.counts.sum(dtype=np.int64)),
+        budget=setting.budget,
+        sequences=_sequences(shared.workload),
+        corpus=_sequences(shared.corpus),
+        warnings=warnings_about(
+            [(course.workload, course.costs) for course in setting.courses.values()],
+            setting.budget,
+            [row.result for row in rows],
+            has_own_executions=has_own_executions,
+        ),
     )
 
 

@@ -8,6 +8,9 @@ from tidesim.policies import POLICIES, parameters_of
 # References that do not use the same memory, and are no rivals.
 _NOT_RIVALS = ("all-device",)
 
+# What the row is called whose residents are chosen by the very sequences that are run.
+STATIC_IN_HINDSIGHT = "static in hindsight"
+
 # The execution of the system that a policy belongs to. Policies that are not here belong to no system, or to one whose
 # way of running has no preset. The paper's TIDE has no public engine but the released code; FineMoE is a fork of
 # MoE-Infinity.
@@ -62,7 +65,7 @@ def contenders(
     an unknown name.
     """
     chosen = [name for name in POLICIES if name not in _NOT_RIVALS] if names is None else dict.fromkeys(names)
-    found = [Contender("static in hindsight", "static", (("popularity", "hindsight"),))]
+    found = [Contender(STATIC_IN_HINDSIGHT, "static", (("popularity", "hindsight"),))]
     for name in chosen:
         params = parameters_of(name)
         if "refresh_interval" in params:

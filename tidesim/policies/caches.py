@@ -16,10 +16,10 @@ from tidesim.policies.splits import KeepAll
 def lru() -> Policy:
     """Fetch every missed expert and keep it, in the place of the least recently used one of its layer.
 
-    The experts of a forward are used resident ones first, ascending ids, and all residents in use count as used before
-    the first copy. So a forward's own residents are the last victims; when a forward misses more experts than there are
-    slots, the fetched ones follow. The first residents are ids 0..B-1 (oldest: 0). There are no ties: uses are totally
-    ordered.
+    Textbook rule, of no project. The experts of a forward are used resident ones first, ascending ids, and all
+    residents in use count as used before the first copy. So a forward's own residents are the last victims; when a
+    forward misses more experts than there are slots, the fetched ones follow. The first residents are ids 0..B-1
+    (oldest: 0). There are no ties: uses are totally ordered.
     """
     return Composition("lru", first_ids, split=KeepAll(), victims=Lowest(LastUse()), rule=Rule("least-recent"))
 

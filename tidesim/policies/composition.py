@@ -89,19 +89,13 @@ class MostPopular:
 
 @dataclass(frozen=True)
 class RandomIds:
-    """Experts of each layer, or, "network", of all layers together, drawn at random with `seed`.
-
-    The same for the same shape.
-    """
+    """Experts of all layers together, drawn at random with `seed`: the same for the same shape."""
 
     seed: int
-    across: Literal["layer", "network"] = "layer"
 
     def __call__(self, shape: Shape) -> Placement:
         """The placement."""
         rng, E = np.random.default_rng(self.seed), shape.num_experts
-        if self.across == "layer":
-            return Placement.of(rng.permutation(E)[:budget] for budget in shape.budgets)
         chosen = rng.permutation(shape.num_layers * E)[: sum(shape.budgets)]
         return Placement.of(chosen[chosen // E == layer] % E for layer in range(shape.num_layers))
 
@@ -283,7 +277,8 @@ class Composition(Policy):
     start : who is resident at first.
     refresh : when and how residents are chosen afresh; None: never.
     split : what becomes of misses.
-    victims : whose slots fetched experts take, one after another, that fetched in this very forward not excepted.
+    victims : whose slots fetched experts take, one after another, those fetched in this very forward not
+        excepted.
     prefetch : who is fetched for later layers, as far as there are victims that have no rows in the running layer;
         whoever it expects is no victim. None: nobody.
     is_in_use_safe : whether nobody who has rows in this forward may be a victim of a fetch. If no other victim is left,

@@ -101,7 +101,7 @@ def _mask(strategy: Strategy, popularity: npt.ArrayLike | None) -> Start:
     starts: dict[str, Start] = {
         "uniform": first_ids,
         "front-loading": first_layers,
-        "random": RandomIds(42, across="network"),
+        "random": RandomIds(42),
     }
     return starts[strategy]
 

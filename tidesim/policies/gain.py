@@ -204,6 +204,9 @@ class LayerWork:
 class PaperClock:
     """Predicted time, added up: where the run is, and how long the link has something to do.
 
+    What lies between two forwards is left out, and so is what the dense part of a layer attends to besides the
+    forward's own rows.
+
     Attributes
     ----------
     copy_ns : what fetching one expert takes of the link. Its victim goes out first where it is written back: in the
@@ -221,6 +224,9 @@ class PaperClock:
         is_shared = self._is_background and costs.execution.host == "parallel"
         both_ns = np.maximum(host_ns + self.copy_ns, 1.0)
         self.saving_ns: Floats = host_ns * self.copy_ns / both_ns if is_shared else host_ns
+        rows = np.arange(costs.max_rows + 1)
+        kernel_ns, launch_ns = costs.layer_ns(rows, np.zeros_like(rows))
+        self._dense_ns: list[float] = (kernel_ns + launch_ns).astype(np.float64).tolist()  # by rows
         self._router_ns = self._now_ns = self._link_free_ns = 0.0
 
     @property
@@ -230,16 +236,12 @@ class PaperClock:
 
     def has_idle_link(self, forward: ForwardInfo) -> bool:
         """Whether copies run beside everything else and the link is free before the next layer's router is done."""
-        return self._is_background and self._link_free_ns < self._now_ns + self._dense_ns(forward)
+        return self._is_background and self._link_free_ns < self._now_ns + self._dense_ns[forward.tokens]
 
     def pass_dense(self, forward: ForwardInfo) -> None:
         """The dense part of a layer, up to its router."""
-        self._now_ns += self._dense_ns(forward)
+        self._now_ns += self._dense_ns[forward.tokens]
         self._router_ns = self._now_ns
-
-    def _dense_ns(self, forward: ForwardInfo) -> float:
-        """What it attends to besides its own rows is left out, and so is what lies between two forwards."""
-        return float(sum(self.costs.layer_ns(np.array(forward.tokens), np.array(0))))
 
     def pass_layer(self, layer_ns: float, num_copies: int) -> None:
         """The routed experts of a layer, and the copies that began with them."""

@@ -16,7 +16,6 @@ from tidesim.policies.interface import Counts, ForwardInfo, Mask, Shape
 
 Floats = npt.NDArray[np.float64]
 Expert = tuple[int, int]  # its layer, and its id there
-Forgets = Literal["never", "block", "sequence"]
 
 
 class Piece:
@@ -81,22 +80,10 @@ class ThisForward(Score):
 
 
 class Total(Score):
-    """Tokens of all forwards, the current one included, since the beginning of the run, sequence or block."""
-
-    def __init__(self, forgets: Forgets = "never") -> None:
-        self._forgets = forgets
-
-    def begin(self, shape: Shape) -> None:
-        """Nothing counted yet."""
-        super().begin(shape)
-        self._since: list[tuple[int, ...]] = [()] * shape.num_layers
+    """Tokens of all forwards of the run, the current one included."""
 
     def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
-        """Add the counts, to nothing if a new sequence or block began."""
-        since = {"never": (), "sequence": (forward.sequence,), "block": (forward.sequence, forward.block)}
-        if since[self._forgets] != self._since[layer]:
-            self._since[layer] = since[self._forgets]
-            self.table[layer] = 0
+        """Add the counts."""
         self.table[layer] += counts
 
 
@@ -163,16 +150,8 @@ class Arrival(Score):
         self.table[layer, expert] = self._now
 
 
-class LastActive(Score):
-    """The forward, counted from 1, that routed to an expert last, whether or not it was on the device."""
-
-    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
-        """All that have rows are equally recent."""
-        self.table[layer, counts > 0] = forward.index + 1
-
-
-class LastActiveBefore(LastActive):
-    """The forward, counted from 1, that routed to an expert last before the current one."""
+class LastActiveBefore(Score):
+    """The forward, counted from 1, that routed to an expert last before the current one, on the device or not."""
 
     def begin(self, shape: Shape) -> None:
         """Nobody was routed to."""
@@ -206,23 +185,22 @@ class Visits(Score):
 
     Parameters
     ----------
-    forgets : when all counts go back to 0.
+    forgets : whether all counts go back to 0 with each sequence.
     is_kept : whether an expert's count survives its eviction.
     """
 
-    def __init__(self, forgets: Forgets = "never", *, is_kept: bool = True) -> None:
-        self._forgets, self._is_kept = forgets, is_kept
+    def __init__(self, forgets: Literal["never", "sequence"] = "never", *, is_kept: bool = True) -> None:
+        self._is_cleared, self._is_kept = forgets == "sequence", is_kept
 
     def begin(self, shape: Shape) -> None:
         """Nobody was used."""
         super().begin(shape)
-        self._since: tuple[int, ...] = ()
+        self._sequence: int | None = None
 
     def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
         """One more for each resident that has rows."""
-        since = {"never": (), "sequence": (forward.sequence,), "block": (forward.sequence, forward.block)}
-        if since[self._forgets] != self._since:
-            self._since = since[self._forgets]
+        if self._is_cleared and forward.sequence != self._sequence:
+            self._sequence = forward.sequence
             self.table[:] = 0
         self.table[layer] += (counts > 0) & is_resident[layer]
 
@@ -315,19 +293,6 @@ class Slot(Score):
         """Its slot is free."""
         assert self._free is not None
         heappush(self._free, int(self.table[layer, expert]))
-
-
-class Popularity(Score):
-    """A table that was made beforehand, [L, E]. Raise InputError at the beginning of a run if it has another shape."""
-
-    def __init__(self, popularity: npt.ArrayLike) -> None:
-        self.table = np.asarray(popularity, np.float64)
-
-    def begin(self, shape: Shape) -> None:
-        """Nothing is learnt here."""
-        wanted = (shape.num_layers, shape.num_experts)
-        if self.table.shape != wanted:
-            raise InputError(f"popularity has shape {list(self.table.shape)}; it must be [L, E] = {list(wanted)}.")
 
 
 def best(values: Floats, num: int) -> list[int]:

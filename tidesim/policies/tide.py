@@ -16,10 +16,10 @@ def tide(refresh_interval: int | Sequence[int] = 1) -> Policy:
     as long as the one on the host is strictly hotter.
 
     What the paper leaves open is decided here: the counter covers every forward of the run (it is not cleared between
-    blocks or sequences, and the refreshing forward's own routing is in it), and the first residents are ids 0..B-1, as
-    in the released code. The published engine has no KV cache, hence no prefill and no commit forwards; here
-    they are counted but never refresh. Ties: among equally hot host experts and among equally cold device
-    experts the lower id goes first.
+    blocks or sequences, and the refreshing forward's own routing is in it), a sequence's first block is refreshed like
+    all others, and the first residents are ids 0..B-1, as in the released code. The published engine has no KV cache,
+    hence no prefill and no commit forwards; here they are counted but never refresh. Ties: among equally hot host
+    experts and among equally cold device experts the lower id goes first.
 
     Parameters
     ----------
@@ -65,7 +65,8 @@ def rlx(refresh_interval: int | Sequence[int] = 1, margin: float = 0.0, min_dwel
     Without margin and dwell (the default there too) the original evicts in the order of a Rust hash set, which is
     another one in each process; here the order is the same as with them. It does nothing where all experts have slots,
     and neither does this. As in `tide_as_coded`, prefill and commit forwards never refresh, and the first residents are
-    ids 0..B-1, there from refresh 0 on. Ties among wanted experts: the lower id first.
+    ids 0..B-1, there from refresh 0 on. Refreshes are counted through all sequences of a run. Ties among wanted
+    experts: the lower id first.
 
     Parameters
     ----------
