@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.batches import Batches
 from tidesim.errors import TraceError
 
 Context = Literal["block", "full"]
@@ -26,6 +27,9 @@ ReadIds = Callable[[int, int], npt.NDArray[Any]]  # first row, past the last -> 
 
 WINDOW_ROWS = 1 << 13  # routed rows held in memory at once
 _COLUMNS = ("sequence", "block", "step", "kind", "context_tokens")
+# Columns of a workload: in a batch, of one of its sequences, or added up over all.
+_OF_ONE = ("kind", "sequence", "block", "step", "is_first_block")
+_OF_ALL = ("tokens", "context_tokens", "attended_pairs", "logit_tokens")
 
 
 class ForwardKind(IntEnum):
@@ -48,13 +52,17 @@ class Workload:
     is_first_block : bool [F], whether the forward works on the first decoded block of its sequence.
     tokens : int32 [F], rows that the forward routes.
     context_tokens : int32 [F], cached tokens that it attends to besides.
-    logit_tokens : int32 [F], rows that go through lm_head: at most B in a denoise forward, else 0.
+    attended_pairs : int64 [F], pairs of a row and a token that it attends to: tokens * (context_tokens + tokens), of a
+        batch the sum of that over its sequences, as no sequence attends to another one.
+    logit_tokens : int32 [F], rows that go through lm_head: at most B of a sequence that denoises, else 0.
     generated_tokens : tokens generated, over all sequences.
-    max_tokens : most tokens that one forward attends to, its rows and its context: the size of the KV cache.
+    max_tokens : most tokens that the KV cache holds at once: those that one forward attends to, its rows and its
+        context. A batch holds the caches of all its sequences until the last of them has ended.
     context : "block" (KV cache: a forward routes its own block) or "full" (no cache: it routes the whole prefix).
     fingerprint : that of the trace.
     lookahead : int32 [F, L, E] or None, tokens for which the router of layer l names each expert when it is fed the
         input of layer l - 1; all zero where no layer comes before, as nothing foretells the first one.
+    batch_size : most sequences that run together, see `batched`.
     """
 
     counts: npt.NDArray[np.int32]
@@ -65,6 +73,7 @@ class Workload:
     is_first_block: npt.NDArray[np.bool_]
     tokens: npt.NDArray[np.int32]
     context_tokens: npt.NDArray[np.int32]
+    attended_pairs: npt.NDArray[np.int64]
     logit_tokens: npt.NDArray[np.int32]
     generated_tokens: int
     num_sequences: int
@@ -77,6 +86,7 @@ class Workload:
     context: Context
     fingerprint: str
     lookahead: npt.NDArray[np.int32] | None = None
+    batch_size: int = 1
 
     @property
     def num_forwards(self) -> int:
@@ -97,8 +107,7 @@ class Workload:
             return self
         if num_forwards < 1:
             raise ValueError(f"num_forwards(={num_forwards}) must be >= 1.")
-        columns = ("counts", "kind", "sequence", "block", "step", "is_first_block", "tokens", "context_tokens")
-        cut = {name: getattr(self, name)[:num_forwards] for name in (*columns, "logit_tokens")}
+        cut = {name: getattr(self, name)[:num_forwards] for name in ("counts", *_OF_ONE, *_OF_ALL)}
         is_denoise = self.kind == ForwardKind.DENOISE
         share = is_denoise[:num_forwards].sum() / max(1, is_denoise.sum())
         return replace(
@@ -106,8 +115,45 @@ class Workload:
             **cut,
             lookahead=None if self.lookahead is None else self.lookahead[:num_forwards],
             generated_tokens=round(self.generated_tokens * share),
-            num_sequences=len(np.unique(cut["sequence"])),
-            max_tokens=int((cut["tokens"] + cut["context_tokens"]).max()),
+            num_sequences=min(self.num_sequences, self.batch_size * len(np.unique(cut["sequence"]))),
+            max_tokens=self.max_tokens if self.batch_size > 1 else _most_tokens(cut["tokens"], cut["context_tokens"]),
+        )
+
+    def batched(self, batch_size: int) -> Self:
+        """The same sequences run `batch_size` at a time, in their order; the last batch may have fewer.
+
+        The sequences of a batch begin together and run in lock step: its forward i holds the rows of the i-th forward
+        of each of its sequences, so every weight is read once for all of them, and an expert that several ask for has
+        the rows of all. Rows are not padded. As sequences accept tokens at their own pace, one may be caching a
+        finished block, or its prompt, while another denoises: such forwards run as one, too. Who has ended takes no
+        part any more, and nobody new joins until the whole batch has ended. Each sequence attends to itself alone.
+
+        Counts, look-ahead, tokens, context, attended pairs and rows for lm_head add up. To a policy, a batch is what a
+        sequence is: `sequence` is the batch's first, all the time. `block`, `step` and `is_first_block` are those of
+        its first sequence that still runs, and `kind` is DENOISE if any sequence denoises, else that of the same one.
+        So a policy that refreshes every so many steps keeps the time of one sequence: others may begin their blocks in
+        between, and the forward in which that sequence caches a block counts as one more step of it.
+
+        Raise ValueError if `batch_size` < 1, or if this workload is batched already.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size(={batch_size}) must be >= 1.")
+        if self.batch_size > 1:
+            raise ValueError(f"the workload is batched already, by {self.batch_size}; batch the one that it came from.")
+        batch_size = min(batch_size, len(np.unique(self.sequence)))
+        if batch_size <= 1:
+            return self
+        batches = Batches.of(self.sequence, batch_size)
+        columns: dict[str, Any] = {name: getattr(self, name)[batches.leader] for name in _OF_ONE}
+        columns["kind"][batches.any(self.kind == ForwardKind.DENOISE)] = ForwardKind.DENOISE
+        columns["sequence"] = self.sequence[batches.first]
+        columns |= {name: batches.sums(getattr(self, name)) for name in ("counts", *_OF_ALL)}
+        return replace(
+            self,
+            **columns,
+            lookahead=None if self.lookahead is None else batches.sums(self.lookahead),
+            max_tokens=batches.sum_of_peaks(self.tokens.astype(np.int64) + self.context_tokens),
+            batch_size=batch_size,
         )
 
     def tiled(self, num_layers: int) -> Self:
@@ -122,6 +168,10 @@ class Workload:
         layers = np.arange(num_layers) % self.num_layers
         lookahead = None if self.lookahead is None else self.lookahead[:, layers]
         return replace(self, counts=self.counts[:, layers], lookahead=lookahead)
+
+
+def _most_tokens(tokens: npt.NDArray[Any], context_tokens: npt.NDArray[Any]) -> int:
+    return int((tokens + context_tokens).max(initial=0))
 
 
 class Recording(Protocol):
@@ -174,10 +224,11 @@ def build_workload(
         is_first_block=segments.block == first_block[segments.sequence],
         tokens=tokens.astype(np.int32),
         context_tokens=segments.context_tokens.astype(np.int32),
+        attended_pairs=tokens * (segments.context_tokens + tokens),
         logit_tokens=np.where(is_denoise, np.minimum(tokens, recording.block_length), 0).astype(np.int32),
         generated_tokens=int(recording.sequences["generated_tokens"][chosen].sum()),
         num_sequences=len(chosen),
-        max_tokens=int((tokens + segments.context_tokens).max(initial=0)),
+        max_tokens=_most_tokens(tokens, segments.context_tokens),
         model_name=recording.model_name,
         num_experts=recording.num_experts,
         top_k=recording.top_k,

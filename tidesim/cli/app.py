@@ -70,6 +70,9 @@ BudgetOption = Annotated[
         "--budget", help="Experts a layer on the device: a number, or one per layer (8,16,...). Default: what fits."
     ),
 ]
+BatchOption = Annotated[
+    int, typer.Option("--batch", min=1, help="Sequences that run together, forward by forward, in their order.")
+]
 IntervalOption = Annotated[
     int | None,
     typer.Option(

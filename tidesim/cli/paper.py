@@ -9,6 +9,7 @@ import typer
 from tidesim import console
 from tidesim.cli.app import (
     DEFAULT_TRACE,
+    BatchOption,
     BudgetOption,
     ContextOption,
     DecisionsOption,
@@ -110,6 +111,7 @@ def simulate(
     predictor: PredictorOption = None,
     execution_name: ExecutionOption = "overlapped",
     context: ContextOption = None,
+    batch: BatchOption = 1,
     weight_bits: WeightBitsOption = 16,
     reserve_gib: ReserveOption = None,
     ignore_memory: IgnoreMemoryFlag = False,
@@ -122,11 +124,11 @@ def simulate(
     machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
     with Trace.open(trace_name) as opened:
         sizes = _sizes(opened, model, weight_bits)
-        workload = _workload(opened, sizes, how.context)
+        workload = _workload(opened, sizes, how.context).batched(batch)
     learnt = workload
     if corpus is not None:
         with Trace.open(corpus) as opened:
-            learnt = _workload(opened, sizes, how.context)
+            learnt = _workload(opened, sizes, how.context).batched(batch)
     made = chosen_policy(policy_name, refresh_interval, predictor, Knowledge(workload=workload, corpus=learnt))
     reserve = reserve_bytes(reserve_gib)
     if budget is None:
@@ -200,6 +202,7 @@ def compare(
     ] = None,
     execution_name: ExecutionOption = "overlapped",
     context: ContextOption = None,
+    batch: BatchOption = 1,
     weight_bits: WeightBitsOption = 16,
     reserve_gib: ReserveOption = None,
     ignore_memory: IgnoreMemoryFlag = False,
@@ -229,7 +232,9 @@ def compare(
     workload, corpus = known[how.context]
     if budget is None:
         hows = [how, *(execution(name) for name in OWN_EXECUTIONS.values() if own_executions)]
-        budget = min(largest_budget(sizes, machine, one, workload.max_tokens, reserve) for one in hows)
+        together = workload.batched(batch)
+        most = (together.max_tokens, reserve)
+        budget = min(largest_budget(sizes, machine, one, *most, batch_size=together.batch_size) for one in hows)
     with console.progress("comparing") as advance:
         comparison = run_comparison(
             workload,
@@ -239,6 +244,7 @@ def compare(
             execution=how,
             budget=budget,
             names=policies,
+            batch_size=batch,
             by_context=known if own_executions else None,
             reserve_bytes=reserve,
             is_memory_checked=not ignore_memory,
@@ -273,7 +279,7 @@ def _default_budget(
     if made.name == "all-device":
         return sizes.num_experts
     scratch = made.scratch_experts(sizes.num_experts)
-    return largest_budget(sizes, machine, how, workload.max_tokens, reserve, scratch)
+    return largest_budget(sizes, machine, how, workload.max_tokens, reserve, scratch, workload.batch_size)
 
 
 def _trace_header(opened: Trace) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Comparison:
     ceiling, pooled_ceiling : bounds for policies with slots of each layer's own, and with slots that all layers share.
     most_hits : of any cache that is filled on demand.
     budget : slots of a layer. sequences, corpus : compared on, and known before.
+    batch_size : most sequences that ran together.
     warnings : what to bear in mind, a sentence each.
     """
 
@@ -86,6 +87,7 @@ class Comparison:
     budget: int
     sequences: tuple[int, ...]
     corpus: tuple[int, ...]
+    batch_size: int
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, object]:
@@ -97,7 +99,7 @@ class Comparison:
             for name, bound in (("ceiling", self.ceiling), ("pooled_ceiling", self.pooled_ceiling))
         }
         return (
-            {"execution": self.execution.name, "context": self.execution.context}
+            {"execution": self.execution.name, "context": self.execution.context, "batch_size": self.batch_size}
             | {"has_own_executions": self.has_own_executions}
             | {name: getattr(shared, name) for name in what}
             | {"budget": self.budget, "sequences": self.sequences, "corpus": self.corpus}
@@ -157,6 +159,7 @@ def compare(
     names: Sequence[str] | None = None,
     by_context: Mapping[Context, tuple[Workload, Workload]] | None = None,
     intervals: Sequence[int] = INTERVALS,
+    batch_size: int = 1,
     reserve_bytes: int | None = None,
     is_memory_checked: bool = True,
     workers: int | None = None,
@@ -177,6 +180,7 @@ def compare(
         system's own execution, `OWN_EXECUTIONS`, and the others under `execution`: systems are compared as a whole. Who
         does not fit the device under its own execution is left out.
     intervals : refresh intervals to try for those that refresh; those longer than every block mean the same.
+    batch_size : sequences that run together, those of the corpus too; see `Workload.batched`.
     reserve_bytes, is_memory_checked : see `simulate`.
     workers : see `Workers`.
     progress : called with how many runs are done, and how many there are.
@@ -184,8 +188,14 @@ def compare(
     Raise InputError if workload, model and execution do not fit together or a policy is unknown, BudgetError if the
     budget does not fit the device.
     """
+    sequences, known_sequences = _sequences(workload), _sequences(corpus)
+    known = {
+        context: (one.batched(batch_size), other.batched(batch_size))
+        for context, (one, other) in {**(by_context or {}), execution.context: (workload, corpus)}.items()
+    }
+    workload = known[execution.context][0]
     if is_memory_checked:
-        check_memory(model, hardware, execution, budget, workload.max_tokens, reserve_bytes)
+        _check_memory(model, hardware, execution, budget, workload, reserve_bytes)
     who = contenders(
         distinct_intervals(intervals, workload),
         names,
@@ -194,7 +204,6 @@ def compare(
     )
     hows: dict[str | None, Execution] = {None: execution}
     hows |= {one.execution: EXECUTIONS[one.execution] for one in who if one.execution is not None}
-    known = {**(by_context or {}), execution.context: (workload, corpus)}
     setting = _Setting(
         courses={name: _course(*known[how.context], model, hardware, how) for name, how in hows.items()},
         model=model,
@@ -222,8 +231,9 @@ def compare(
         most_hits=hit_ceiling(workload, budget),
         num_pairs=int(workload.counts.sum(dtype=np.int64)),
         budget=budget,
-        sequences=_sequences(workload),
-        corpus=_sequences(corpus),
+        sequences=sequences,
+        corpus=known_sequences,
+        batch_size=workload.batch_size,
         warnings=warnings_about(
             [(course.workload, course.costs) for course in setting.courses.values()],
             budget,
@@ -231,6 +241,18 @@ def compare(
             has_own_executions=by_context is not None,
         ),
     )
+
+
+def _check_memory(
+    model: MoEConfig,
+    hardware: Hardware,
+    how: Execution,
+    budget: int,
+    workload: Workload,
+    reserve_bytes: int | None,
+) -> None:
+    most = (workload.max_tokens, reserve_bytes)
+    check_memory(model, hardware, how, budget, *most, batch_size=workload.batch_size)
 
 
 def slots_left(budget: int, scratch: int, num_layers: int) -> tuple[int, ...] | None:
@@ -258,8 +280,8 @@ def _run(setting: _Setting, contender: Contender) -> _Outcome:
     course = setting.courses[contender.execution]
     try:
         if setting.is_memory_checked:
-            how, most_tokens = course.costs.execution, course.workload.max_tokens
-            check_memory(setting.model, setting.hardware, how, setting.budget, most_tokens, setting.reserve_bytes)
+            how = course.costs.execution
+            _check_memory(setting.model, setting.hardware, how, setting.budget, course.workload, setting.reserve_bytes)
         made = _made(course, contender)
         scratch = made.scratch_experts(setting.model.num_experts)
         budgets = slots_left(setting.budget, scratch, setting.model.num_layers)

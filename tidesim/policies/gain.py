@@ -238,7 +238,10 @@ class PaperClock:
         self._router_ns = self._now_ns
 
     def _dense_ns(self, forward: ForwardInfo) -> float:
-        """What it attends to besides its own rows is left out, and so is what lies between two forwards."""
+        """What it attends to besides its own rows is left out, and so is what lies between two forwards.
+
+        The rows of a batch are taken for those of one sequence, which attend to each other.
+        """
         return float(sum(self.costs.layer_ns(np.array(forward.tokens), np.array(0))))
 
     def pass_layer(self, layer_ns: float, num_copies: int) -> None:

@@ -66,8 +66,8 @@ class Run:
     def walk_forwards(self) -> Story:
         """Every forward: embedding and dense layers, each MoE layer in turn, lm_head and sampling."""
         workload, costs = self.workload, self.costs
-        entry_ns = _per_forward(costs.entry_ns(workload.tokens, workload.context_tokens))
-        dense_ns = _per_forward(costs.layer_ns(workload.tokens, workload.context_tokens))
+        rows = (workload.tokens, workload.context_tokens, workload.attended_pairs)
+        entry_ns, dense_ns = _per_forward(costs.entry_ns(*rows)), _per_forward(costs.layer_ns(*rows))
         head_ns = _per_forward(costs.head_ns(workload.tokens, workload.logit_tokens))
         for forward in forwards_of(workload):
             index = forward.index

@@ -48,7 +48,8 @@ def simulate(
     check_budgets(budgets, model.num_experts)
     if is_memory_checked:
         scratch = policy.scratch_experts(model.num_experts)
-        check_memory(model, hardware, execution, budgets, workload.max_tokens, reserve_bytes, scratch)
+        most = (workload.max_tokens, reserve_bytes, scratch, workload.batch_size)
+        check_memory(model, hardware, execution, budgets, *most)
     max_rows = int(workload.tokens.max())
     costs = Costs(model, hardware, execution, max_rows)
     known = costs if expected is None else Costs(model, expected, execution, max_rows)
@@ -67,6 +68,7 @@ def simulate(
         seed=seed,
         num_forwards=workload.num_forwards,
         generated_tokens=workload.generated_tokens,
+        batch_size=workload.batch_size,
         **run.books.totals(costs),
     )
 
