@@ -118,12 +118,6 @@ def test_sequences_run_together_when_told(run: Run, base: tuple[str, ...]) -> No
     assert run(*words, "--batch", 0)[0] == 2
 
 
-def test_the_budget_that_fits_leaves_room_for_a_whole_batch(run: Run, base: tuple[str, ...]) -> None:
-    words = (*base, "--policy", "static", "--json")
-    alone, together = (json.loads(run(*words, "--batch", batch)[1])["budget"] for batch in (1, 2))
-    assert together < alone
-
-
 def test_fewer_weight_bits_move_fewer_bytes(run: Run, base: tuple[str, ...]) -> None:
     options = ("--policy", "tide", "--budget", 48, "--json")
     full, small = (json.loads(run(*base, *options, "--weight-bits", bits)[1]) for bits in (16, 4))
