@@ -23,6 +23,7 @@ from tidesim.errors import TraceError
 
 Context = Literal["block", "full"]
 Ints = npt.NDArray[np.int64]
+Counts = npt.NDArray[Any]  # integers [F, L, E]
 ReadIds = Callable[[int, int], npt.NDArray[Any]]  # first row, past the last -> ids [n, layers, K]
 
 WINDOW_ROWS = 1 << 13  # routed rows held in memory at once
@@ -46,7 +47,7 @@ class Workload:
 
     Parameters
     ----------
-    counts : int32 [F, L, E], tokens routed to each expert.
+    counts : int32 [F, L, E], tokens routed to each expert; mapped ones are unsigned and narrower, see `Trace.workload`.
     kind : uint8 [F], a `ForwardKind`.
     sequence, block, step : int32 [F]; sequences keep their number in the trace.
     is_first_block : bool [F], whether the forward works on the first decoded block of its sequence.
@@ -196,27 +197,29 @@ class Recording(Protocol):
     def lookahead_ids(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Experts of layer l + 1 that the input of layer l foretold for those rows, [stop - start, L - 1, K]."""
 
+    def kept_counts(self, every: "Segments", chosen: Ints) -> Counts | None:
+        """Counts [F, L, E] of `every` forward of an engine with a KV cache, those of the `chosen` sequences in order.
+
+        None if they are not kept.
+        """
+
 
 def build_workload(
-    recording: Recording, context: Context, sequences: Sequence[int] | None, has_lookahead: bool
+    recording: Recording, context: Context, sequences: Sequence[int] | None, has_lookahead: bool, is_mapped: bool
 ) -> Workload:
     """The workload of an engine with a KV cache ("block") or without one ("full"); see `Trace.workload`."""
     if context not in get_args(Context):
         raise ValueError(f"context(={context!r}) must be 'block' or 'full'.")
     chosen = _chosen(recording, sequences)
-    L = recording.num_layers
     try:
-        segments, counts, tokens = _count(recording, context, chosen, recording.expert_ids, L)
+        segments, counts, tokens = _count(recording, context, chosen)
     except TraceError as error:
         raise TraceError(f"{recording.path}: {error}") from None
-    lookahead = None
-    if has_lookahead:
-        foretold = _count(recording, context, chosen, recording.lookahead_ids, L - 1)[1]  # [F, L - 1, E]
-        lookahead = np.insert(foretold, 0, 0, axis=1)  # [F, L, E]
+    lookahead = _count_lookahead(recording, context, chosen) if has_lookahead else None
     is_denoise = segments.kind == ForwardKind.DENOISE
     first_block = recording.sequences["prompt_tokens"] // recording.block_length
     return Workload(
-        counts=counts,
+        counts=counts if is_mapped else counts.astype(np.int32, copy=False),
         kind=segments.kind.astype(np.uint8),
         sequence=segments.sequence.astype(np.int32),
         block=segments.block.astype(np.int32),
@@ -252,18 +255,54 @@ def _chosen(recording: Recording, sequences: Sequence[int] | None) -> Ints:
     return chosen
 
 
-def _count(
-    recording: Recording, context: Context, chosen: Ints, read: ReadIds, num_layers: int
-) -> tuple["Segments", npt.NDArray[np.int32], Ints]:
-    """The forwards, the counts [F, layers, E] of the ids that `read` gives, and the rows that each routes [F]."""
+def _count(recording: Recording, context: Context, chosen: Ints) -> tuple["Segments", Counts, Ints]:
+    """The forwards of a context, their counts [F, L, E] as narrow as they are kept, and the rows that each routes [F].
+
+    Counts that are kept are mapped where the `chosen` sequences lie side by side.
+    """
     segments = recorded_segments(recording, chosen)
+    if context == "full" and not recording.kv_cache:
+        counts: Counts = _counted(recording, recording.expert_ids, segments, recording.num_layers)
+        return segments, counts, segments.stop - segments.start
+    segments = block_segments(recording, segments)
+    counts = block_counts(recording, segments, chosen)
     if context == "block":
-        segments = block_segments(recording, segments)
-    counts = count_segments(read, segments, num_layers, recording.num_experts)
-    if context == "block" or not recording.kv_cache:
         return segments, counts, segments.stop - segments.start
     segments, counts = add_prefix(counts, segments, recording.block_length)
     return segments, counts, segments.stop - segments.start + segments.block * recording.block_length
+
+
+def block_counts(recording: Recording, segments: "Segments", chosen: Ints) -> Counts:
+    """Counts [F, L, E] of the `segments` of the `chosen` sequences: those that are kept, or counted now."""
+    everybody = np.arange(len(recording.sequences))
+    try:
+        every = block_segments(recording, recorded_segments(recording, everybody))
+    except TraceError:
+        return _counted(recording, recording.expert_ids, segments, recording.num_layers)  # others are at fault
+    kept = recording.kept_counts(every, chosen)
+    if kept is None:
+        return _counted(recording, recording.expert_ids, segments, recording.num_layers)
+    index = np.flatnonzero(np.isin(every.sequence, chosen))
+    if not len(index) or index[-1] - index[0] + 1 == len(index):
+        first = int(index[0]) if len(index) else 0
+        return kept[first : first + len(index)]
+    return kept[index]
+
+
+def _counted(recording: Recording, read: ReadIds, segments: "Segments", num_layers: int) -> npt.NDArray[np.int32]:
+    return count_segments(read, segments, num_layers, recording.num_experts)
+
+
+def _count_lookahead(recording: Recording, context: Context, chosen: Ints) -> npt.NDArray[np.int32]:
+    """Tokens for which each expert was foretold, [F, L, E]; none in the first layer."""
+    segments, num_layers = recorded_segments(recording, chosen), recording.num_layers - 1
+    is_prefix_missing = context == "full" and recording.kv_cache
+    if context == "block":
+        segments = block_segments(recording, segments)
+    counts = _counted(recording, recording.lookahead_ids, segments, num_layers)  # [F, L - 1, E]
+    if is_prefix_missing:
+        counts = add_prefix(counts, segments, recording.block_length)[1]
+    return np.insert(counts, 0, 0, axis=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -283,6 +322,10 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.start)
+
+    def slice(self, start: int, stop: int) -> "Segments":
+        """The forwards start:stop."""
+        return Segments(**{name: getattr(self, name)[start:stop] for name in ("start", "stop", *_COLUMNS)})
 
     def of_kind(self, kind: ForwardKind) -> "Segments":
         """The forwards of one kind."""
@@ -394,9 +437,7 @@ def read_segments(read: ReadIds, segments: Segments) -> Iterator[npt.NDArray[Any
             yield rows[start:stop]
 
 
-def add_prefix(
-    counts: npt.NDArray[np.int32], segments: Segments, block_length: int
-) -> tuple[Segments, npt.NDArray[np.int32]]:
+def add_prefix(counts: Counts, segments: Segments, block_length: int) -> tuple[Segments, npt.NDArray[np.int32]]:
     """Denoise forwards of an engine without a KV cache, from the forwards of one that has it.
 
     A denoise forward of block b then routes the rows of the prefill, of the commits of all blocks before b, and its
@@ -416,14 +457,16 @@ def add_prefix(
             f"sequence {segments.sequence[i]}, block {segments.block[i]}: prefill and commit forwards hold {cached[i]} "
             f"of {want[i]} earlier rows, so the full context cannot be rebuilt; use context='block'."
         )
-    total = counts.copy()
-    prefix = np.zeros_like(counts[:1].sum(axis=0))
+    total = np.zeros((int(is_denoise.sum()), *counts.shape[1:]), np.int32)
+    prefix = np.zeros(counts.shape[1:], np.int32)
+    done = 0
     for forward in range(len(segments)):
         if first[forward] == forward:
             prefix[:] = 0
         if is_denoise[forward]:
-            total[forward] += prefix
+            np.add(prefix, counts[forward], out=total[done])
+            done += 1
         else:
             prefix += counts[forward]
     denoise = segments.of_kind(ForwardKind.DENOISE)
-    return replace(denoise, context_tokens=np.zeros_like(denoise.context_tokens)), total[is_denoise]
+    return replace(denoise, context_tokens=np.zeros_like(denoise.context_tokens)), total

@@ -262,8 +262,9 @@ def compare(
 
 def _workload(opened: Trace, sizes: MoEConfig, context: Context, sequences: Sequence[int] | None = None) -> Workload:
     """The workload of some sequences, all by default, tiled to the layers of the model whose sizes are used, with its
-    look-ahead if it was recorded."""
-    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead)
+    look-ahead if it was recorded; of all sequences, the counts are mapped, as there may be many."""
+    is_mapped = sequences is None
+    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead, is_mapped=is_mapped)
     return workload.tiled(sizes.num_layers)
 
 

@@ -71,7 +71,9 @@ class Run:
         head_ns = _per_forward(costs.head_ns(workload.tokens, workload.logit_tokens))
         for forward in forwards_of(workload):
             index = forward.index
-            routed = Routed(workload.counts[index], forward.tokens, costs)
+            # Mapped counts are narrower, and policies calculate with them.
+            counts = workload.counts[index].astype(np.int32, copy=False)
+            routed = Routed(counts, forward.tokens, costs)
             yield from self.compute("entry", "dense", entry_ns[index], index, None)
             for layer in range(workload.num_layers):
                 yield from self.compute("dense", "dense", dense_ns[index], index, layer)

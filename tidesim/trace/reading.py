@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tidesim.errors import TraceError
-from tidesim.shipped import find_shipped
+from tidesim.shipped import find_shipped, shipped_folder
+from tidesim.trace.counts_file import CountsFile, TooManyError
 from tidesim.trace_format import (
     FORWARDS,
     MEND,
@@ -28,7 +30,7 @@ from tidesim.trace_format import (
     parse_table,
     starts,
 )
-from tidesim.workload import WINDOW_ROWS, Context, Workload, build_workload
+from tidesim.workload import WINDOW_ROWS, Context, Counts, Segments, Workload, build_workload, count_segments
 
 
 class Trace:
@@ -124,18 +126,66 @@ class Trace:
             return np.asarray(self._file["tokens"][start : start + num_tokens], np.int32)
 
     def workload(
-        self, context: Context = "block", sequences: Sequence[int] | None = None, *, has_lookahead: bool = False
+        self,
+        context: Context = "block",
+        sequences: Sequence[int] | None = None,
+        *,
+        has_lookahead: bool = False,
+        is_mapped: bool = False,
     ) -> Workload:
         """The counts of every forward of an engine with a KV cache ("block") or without one ("full").
 
-        Both can be had from both kinds of recording, exactly. `sequences` picks some by number, in the trace's order;
-        all by default. `has_lookahead` asks for the counts of what was foretold as well. Raise ValueError if there is
-        no such context or sequence, or one is named twice; TraceError if the recording lacks the rows that the
-        context needs, or the look-ahead.
+        Both can be had from both kinds of recording, exactly. They are counted once and kept beside the trace, in
+        `FILE.counts`, as far as that folder may be written; look-ahead is counted each time.
+
+        Parameters
+        ----------
+        sequences : some by number, in the trace's order; all by default.
+        has_lookahead : count what was foretold as well.
+        is_mapped : leave the counts where they are kept, if they are, so that a long trace takes no memory: read-only,
+            and unsigned integers of as few bits as do. Sums of them need a wider type, and so does a minus sign.
+
+        Raise ValueError if there is no such context or sequence, or one is named twice; TraceError if the recording
+        lacks the rows that the context needs, or the look-ahead.
         """
         if has_lookahead:
             self._check_has_lookahead()
-        return build_workload(self, context, sequences, has_lookahead)
+        return build_workload(self, context, sequences, has_lookahead, is_mapped)
+
+    def kept_counts(self, every: Segments, chosen: npt.NDArray[np.int64]) -> Counts | None:
+        """Counts [F, L, E] of `every` forward of an engine with a KV cache, mapped from beside the trace.
+
+        Those of the `chosen` sequences are in order. If there are none yet they are counted now. None if they cannot be
+        kept: what comes with tidesim has its folder left alone, and other folders may be read-only.
+        """
+        if self.path.resolve().parent == shipped_folder("traces").resolve():
+            return None
+        rows, wanted = int((every.stop - every.start).max(initial=0)), chosen.tolist()
+        # As many tokens as rows at most, unless a row names an expert twice, which no router does.
+        files = [self._counts_file(every, most) for most in (rows, self.top_k * rows)]
+        kept = next((counts for counts in (file.read(wanted) for file in files) if counts is not None), None)
+        for file in files:
+            if kept is None:
+                with suppress(TooManyError):
+                    kept = file.read(wanted) if file.write(self._count_each(every, file.bounds), self.path) else None
+                    break
+        return kept
+
+    def _counts_file(self, every: Segments, most: int) -> CountsFile:
+        """The file beside the trace, if no count exceeds `most`."""
+        return CountsFile(
+            path=self.path.with_name(f"{self.path.name}.counts"),
+            fingerprint=self.fingerprint,
+            bounds=np.searchsorted(every.sequence, np.arange(len(self.sequences) + 1)),
+            num_layers=self.num_layers,
+            num_experts=self.num_experts,
+            dtype=np.dtype(np.min_scalar_type(most)).newbyteorder("<"),
+        )
+
+    def _count_each(self, every: Segments, bounds: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int32]]:
+        """The counts of one sequence after another."""
+        for start, stop in pairwise(bounds.tolist()):
+            yield count_segments(self.expert_ids, every.slice(start, stop), self.num_layers, self.num_experts)
 
     def _check_has_lookahead(self) -> None:
         if not self.has_lookahead:
