@@ -306,7 +306,10 @@ def _kept_by_forward(trace: Trace, segments: Segments) -> dict[int, Floats]:
 
 def _is_among(ids: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Whether each of `ids` [..., K] is one of the `others` [..., K] of the same position and layer."""
-    return np.asarray((ids[..., :, None] == others[..., None, :]).any(axis=-1))
+    is_found = np.zeros(ids.shape, np.bool_)
+    for slot in range(others.shape[-1]):  # some times faster than all at once, as K is small
+        is_found |= ids == others[..., slot, None]
+    return is_found
 
 
 def _lookahead(trace: Trace, segments: Segments) -> dict[str, Any]:
