@@ -26,6 +26,7 @@ from tidesim.cli.app import (
     TimelineOption,
     TraceOption,
     WeightBitsOption,
+    WorkersOption,
     app,
     chosen_execution,
     chosen_policy,
@@ -71,6 +72,7 @@ def synthesize(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences to make.")] = 16,
     gen_length: Annotated[int, typer.Option(min=1, help="Tokens generated in each, on average.")] = 128,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, on average.")] = 96,
+    workers: WorkersOption = None,
     overwrite: OverwriteFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
@@ -87,6 +89,7 @@ def synthesize(
             prompt_tokens=prompt_tokens,
             seed=seed,
             overwrite=overwrite,
+            workers=workers,
             progress=advance,
         )
     with Trace.open(out) as written:
@@ -168,7 +171,7 @@ def plan(
     held_out_share: Annotated[
         float, typer.Option(help="Share of the sequences to score the plan on; 0 for none.")
     ] = 0.25,
-    workers: Annotated[int | None, typer.Option(help="Processes to simulate on; default: one a core.")] = None,
+    workers: WorkersOption = None,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -213,7 +216,7 @@ def compare(
         bool, typer.Option("--own-executions", help="Run each other system's policy the way that system runs.")
     ] = False,
     picture: Annotated[Path | None, typer.Option(help="Picture to write (PNG).")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes to simulate on; default: one a core.")] = None,
+    workers: WorkersOption = None,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
