@@ -132,8 +132,8 @@ def synthesize(
     path : file to create; an existing file is refused unless `overwrite`.
     prompt_tokens, gen_length : tokens of prompts and answers, on average; an answer ends where a block does.
     seed : fixes the trace, together with the other arguments; sequence i does not depend on `num_sequences`.
-    workers : processes that draw sequences, see `Workers`; None for one per CPU, but fewer if there is little to do. The
-        trace does not depend on it.
+    workers : processes that draw sequences, see `Workers`; None for one per CPU, but fewer if there is little to do.
+        The trace does not depend on it.
     progress : called after each sequence with the numbers of sequences done and in all.
 
     Raise InputError if a number is out of range, ModelError if `config` is no network's, TraceError if `path` exists
