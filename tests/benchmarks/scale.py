@@ -8,7 +8,8 @@ a KV cache, `inspect` and `simulate` are the commands. `open` is what all but th
 and hashing the trace. All seconds include the start of the program.
 
 Prints one JSON line: for each size `s`, the seconds of each stage, `gb`, its peak (resident memory of all its processes
-together, mapped files included, sampled every 20 ms), and `ids_gb`, the expert ids of the trace uncompressed. Bar: 4 GB.
+together, mapped files included, sampled every 20 ms), and `ids_gb`, the expert ids of the trace uncompressed.
+Bar: 4 GB.
 """
 
 import argparse
