@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import pytest
 from hand_made import E, L, decode, writer
 from test_workload import assert_same
 
-from tidesim.shipped import shipped_folder
+from tidesim.moe import read_hf_config
+from tidesim.shipped import find_shipped, shipped_folder
+from tidesim.statistics import trace_statistics
+from tidesim.synthesize import synthesize
 from tidesim.trace import SequenceRouting, Trace, Workload
 from tidesim.trace import reading as reading_module
 
@@ -77,6 +81,36 @@ def test_mapped_counts_take_no_memory_and_cannot_be_changed(path: Path) -> None:
     assert own.dtype == np.int32
     own[0] = 1
     assert np.array_equal(workload(path).counts, mapped)
+
+
+def test_full_counts_are_narrow_too_when_asked_for(path: Path) -> None:
+    mapped = workload(path, "full", is_mapped=True).counts
+    assert mapped.dtype == np.uint8
+    assert np.array_equal(mapped, workload(path, "full").counts)
+
+
+def test_counting_and_describing_take_no_more_memory_for_more_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidesim.workload.WINDOW_ROWS", 256)
+    config = read_hf_config(find_shipped("models", "llada2.0-flash"))
+    peaks: dict[str, list[int]] = {"count": [], "recount": [], "describe": []}
+    for num_sequences in (2, 8):
+        file = tmp_path / f"{num_sequences}.h5"
+        synthesize(config, file, model_name="flash", num_sequences=num_sequences, prompt_tokens=40, gen_length=64)
+        with Trace.open(file) as trace:
+            for name, work in (
+                ("count", lambda trace: trace.workload(is_mapped=True)),
+                ("recount", lambda trace: trace.workload(is_mapped=True)),
+                ("describe", trace_statistics),
+            ):
+                tracemalloc.start()
+                work(trace)
+                peaks[name].append(tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+            in_memory = trace.workload().counts.nbytes
+    for few, many in peaks.values():
+        assert many - few < in_memory / 8
 
 
 def test_counts_that_need_more_bits_get_them(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -212,7 +212,7 @@ def build_workload(
         raise ValueError(f"context(={context!r}) must be 'block' or 'full'.")
     chosen = _chosen(recording, sequences)
     try:
-        segments, counts, tokens = _count(recording, context, chosen)
+        segments, counts, tokens = _count(recording, context, chosen, is_mapped)
     except TraceError as error:
         raise TraceError(f"{recording.path}: {error}") from None
     lookahead = _count_lookahead(recording, context, chosen) if has_lookahead else None
@@ -255,10 +255,11 @@ def _chosen(recording: Recording, sequences: Sequence[int] | None) -> Ints:
     return chosen
 
 
-def _count(recording: Recording, context: Context, chosen: Ints) -> tuple["Segments", Counts, Ints]:
-    """The forwards of a context, their counts [F, L, E] as narrow as they are kept, and the rows that each routes [F].
+def _count(recording: Recording, context: Context, chosen: Ints, is_narrow: bool) -> tuple["Segments", Counts, Ints]:
+    """The forwards of a context, their counts [F, L, E], and the rows that each routes [F].
 
-    Counts that are kept are mapped where the `chosen` sequences lie side by side.
+    Counts that are kept are mapped where the `chosen` sequences lie side by side, and are as narrow as they are there;
+    those that a prefix is added to are so too if `is_narrow`.
     """
     segments = recorded_segments(recording, chosen)
     if context == "full" and not recording.kv_cache:
@@ -268,8 +269,11 @@ def _count(recording: Recording, context: Context, chosen: Ints) -> tuple["Segme
     counts = block_counts(recording, segments, chosen)
     if context == "block":
         return segments, counts, segments.stop - segments.start
-    segments, counts = add_prefix(counts, segments, recording.block_length)
-    return segments, counts, segments.stop - segments.start + segments.block * recording.block_length
+    rows = segments.stop - segments.start + segments.block * recording.block_length
+    most = recording.top_k * int(rows.max(initial=0))  # a row may name an expert twice
+    dtype = np.min_scalar_type(most) if is_narrow else np.dtype(np.int32)
+    denoise, counts = add_prefix(counts, segments, recording.block_length, dtype)
+    return denoise, counts, rows[segments.kind == ForwardKind.DENOISE]
 
 
 def block_counts(recording: Recording, segments: "Segments", chosen: Ints) -> Counts:
@@ -437,11 +441,13 @@ def read_segments(read: ReadIds, segments: Segments) -> Iterator[npt.NDArray[Any
             yield rows[start:stop]
 
 
-def add_prefix(counts: Counts, segments: Segments, block_length: int) -> tuple[Segments, npt.NDArray[np.int32]]:
+def add_prefix(
+    counts: Counts, segments: Segments, block_length: int, dtype: npt.DTypeLike = np.int32
+) -> tuple[Segments, Counts]:
     """Denoise forwards of an engine without a KV cache, from the forwards of one that has it.
 
     A denoise forward of block b then routes the rows of the prefill, of the commits of all blocks before b, and its
-    own. Returned are the denoise segments (no context any more) and their counts.
+    own. Returned are the denoise segments (no context any more) and their counts, which must fit `dtype`.
 
     Raise TraceError if the recorded prefill and commit forwards do not cover a prefix.
     """
@@ -457,14 +463,14 @@ def add_prefix(counts: Counts, segments: Segments, block_length: int) -> tuple[S
             f"sequence {segments.sequence[i]}, block {segments.block[i]}: prefill and commit forwards hold {cached[i]} "
             f"of {want[i]} earlier rows, so the full context cannot be rebuilt; use context='block'."
         )
-    total = np.zeros((int(is_denoise.sum()), *counts.shape[1:]), np.int32)
+    total = np.zeros((int(is_denoise.sum()), *counts.shape[1:]), dtype)
     prefix = np.zeros(counts.shape[1:], np.int32)
     done = 0
     for forward in range(len(segments)):
         if first[forward] == forward:
             prefix[:] = 0
         if is_denoise[forward]:
-            np.add(prefix, counts[forward], out=total[done])
+            np.add(prefix, counts[forward], out=total[done], casting="unsafe")
             done += 1
         else:
             prefix += counts[forward]

@@ -135,15 +135,17 @@ class Trace:
     ) -> Workload:
         """The counts of every forward of an engine with a KV cache ("block") or without one ("full").
 
-        Both can be had from both kinds of recording, exactly. They are counted once and kept beside the trace, in
-        `FILE.counts`, as far as that folder may be written; look-ahead is counted each time.
+        Both can be had from both kinds of recording, exactly. Forwards with a KV cache are counted once and kept beside
+        the trace, in `FILE.counts`, if that folder may be written; what else there is comes from these, but for the
+        look-ahead, and for forwards that were recorded without a KV cache: they are counted each time.
 
         Parameters
         ----------
         sequences : some by number, in the trace's order; all by default.
         has_lookahead : count what was foretold as well.
-        is_mapped : leave the counts where they are kept, if they are, so that a long trace takes no memory: read-only,
-            and unsigned integers of as few bits as do. Sums of them need a wider type, and so does a minus sign.
+        is_mapped : leave the counts where they are kept, if they are, so that a long trace takes no memory. They are
+            then read-only, and unsigned integers of as few bits as do (so are those of the full context, in memory):
+            sums of them need a wider type, and so does a minus sign.
 
         Raise ValueError if there is no such context or sequence, or one is named twice; TraceError if the recording
         lacks the rows that the context needs, or the look-ahead.
