@@ -203,9 +203,11 @@ def _count(trace: Trace, segments: Segments) -> _Counted:
 def _by_sequence(trace: Trace, segments: Segments) -> Iterator[tuple[Segments, Ints32]]:
     """The forwards of one sequence after another, and their counts [f, L, E]: those that are kept, or counted now."""
     bounds = np.searchsorted(segments.sequence, np.arange(len(trace.sequences) + 1)).tolist()
-    kept = trace.kept_counts(segments, np.arange(len(trace.sequences)))
-    for start, stop in pairwise(bounds):
+    is_kept = trace.kept_counts(segments, np.arange(0)) is not None
+    for number, (start, stop) in enumerate(pairwise(bounds)):
         part = segments.slice(start, stop)
+        # Mapped anew each time: what was read of a map stays in memory until the map goes.
+        kept = trace.kept_counts(segments, np.array([number])) if is_kept else None
         if kept is None:
             yield part, count_segments(trace.expert_ids, part, trace.num_layers, trace.num_experts)
         else:
