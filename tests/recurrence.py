@@ -61,9 +61,8 @@ def timed_by_hand(workload, model, hardware, policy, budgets, execution, stretch
     clock = Clock(model.num_layers, stretch)
     one = [slice(index, index + 1) for index in range(workload.num_forwards)]
     for index in range(workload.num_forwards):
-        tokens, context, logits = (
-            column[one[index]] for column in (workload.tokens, workload.context_tokens, workload.logit_tokens)
-        )
+        columns = (workload.tokens, workload.context_tokens, workload.attended_pairs, workload.logit_tokens)
+        tokens, context, pairs, logits = (column[one[index]] for column in columns)
         info = ForwardInfo(
             index,
             int(workload.sequence[index]),
@@ -73,9 +72,9 @@ def timed_by_hand(workload, model, hardware, policy, budgets, execution, stretch
             bool(workload.is_first_block[index]),
             int(tokens[0]),
         )
-        clock.compute(-1, "dense", *(part[0] for part in costs.entry_ns(tokens, context)))
+        clock.compute(-1, "dense", *(part[0] for part in costs.entry_ns(tokens, context, pairs)))
         for layer in range(model.num_layers):
-            clock.compute(layer, "dense", *(part[0] for part in costs.layer_ns(tokens, context)))
+            clock.compute(layer, "dense", *(part[0] for part in costs.layer_ns(tokens, context, pairs)))
             run_layer(clock, costs, residency, policy, info, layer, workload.counts[index, layer])
         clock.compute(-1, "dense", *(part[0] for part in costs.head_ns(tokens, logits)))
     busy = {name: sum(max(0, min(end, clock.now) - start) for start, end in uses) for name, uses in clock.uses.items()}

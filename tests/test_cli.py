@@ -18,7 +18,7 @@ from tidesim.synthesize import synthesize
 RESULT_KEYS = {
     *("tok_per_s", "makespan_s", "num_forwards", "generated_tokens", "hit_rate", "hits", "misses", "promotions"),
     *("evictions", "h2d_bytes", "d2h_bytes", "breakdown_s", "busy_share", "policy", "budget", "refresh_interval"),
-    *("execution", "context", "hardware", "model", "trace_origin", "seed", "version"),
+    *("execution", "context", "batch_size", "hardware", "model", "trace_origin", "seed", "version"),
 }
 
 Run = Callable[..., tuple[int, str, str]]
@@ -103,6 +103,19 @@ def test_context_follows_the_execution_unless_told(run: Run, base: tuple[str, ..
     assert context_of() == ("overlapped", "block")
     assert context_of("--execution", "tide-as-coded") == ("tide-as-coded", "full")
     assert context_of("--context", "full") == ("overlapped without KV cache", "full")
+
+
+def test_sequences_run_together_when_told(run: Run, base: tuple[str, ...]) -> None:
+    words = (*base, "--policy", "static", "--budget", 64)
+    alone, together = (json.loads(run(*words, "--batch", batch, "--json")[1]) for batch in (1, 2))
+    assert (alone["batch_size"], together["batch_size"]) == (1, 2)
+    assert together["hits"] + together["misses"] == alone["hits"] + alone["misses"]
+    assert together["generated_tokens"] == alone["generated_tokens"]
+    assert together["num_forwards"] < alone["num_forwards"]
+    assert together["makespan_s"] < alone["makespan_s"]
+    assert "2 sequences at a time" in run(*words, "--batch", 2)[1]
+    assert "at a time" not in run(*words)[1]
+    assert run(*words, "--batch", 0)[0] == 2
 
 
 def test_fewer_weight_bits_move_fewer_bytes(run: Run, base: tuple[str, ...]) -> None:

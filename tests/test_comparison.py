@@ -42,10 +42,20 @@ CORPUS = replace(random_workload(2), sequence=np.full(24, 7, np.int32))
 
 def compared(**changes) -> Comparison:
     settings = {"execution": OVERLAPPED, "budget": 3, "names": ["lru", "tide", "gain"], "workers": 1, "seed": 5}
-    return compare(WORKLOAD, CORPUS, TWO_LAYERS, toy_hardware(), **(settings | changes))
+    return compare(changes.pop("workload", WORKLOAD), CORPUS, TWO_LAYERS, toy_hardware(), **(settings | changes))
 
 
 # --- who is compared ---
+
+
+def test_sequences_run_together_in_every_row_and_are_all_named() -> None:
+    pair = replace(WORKLOAD, sequence=np.repeat(np.array([3, 5], np.int32), 12), num_sequences=2)
+    comparison = compared(workload=pair, batch_size=2)
+    document = comparison.to_dict()
+    assert (document["batch_size"], document["sequences"]) == (2, (3, 5))
+    assert all(row.result.batch_size == 2 and row.result.num_forwards == 12 for row in comparison.rows)
+    assert all(row.ceiling_share <= 1 for row in comparison.rows)
+    assert comparison.ceiling.makespan_ns < compared(workload=pair).ceiling.makespan_ns
 
 
 def test_everybody_is_compared_but_for_who_has_all_the_memory() -> None:

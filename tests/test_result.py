@@ -58,7 +58,7 @@ def test_json_holds_every_setting_and_metric():
             "busy_share",
         ),
         *("policy", "budget", "refresh_interval", "execution", "context", "hardware", "model", "trace_origin", "seed"),
-        *("is_measured", "version"),
+        *("batch_size", "is_measured", "version"),
     }
     assert content["budget"] == 4
     assert list(content["breakdown_s"]) == list(PARTS)

@@ -1,6 +1,7 @@
 """Synthetic traces must look like the published figures; each test states the tolerance it allows."""
 
 from collections.abc import Iterator
+from datetime import datetime, tzinfo
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tidesim.errors import InputError, TraceError
 from tidesim.moe import MoEConfig, read_hf_config
 from tidesim.shipped import find_shipped
 from tidesim.statistics import TraceStatistics, trace_statistics
-from tidesim.synthesize import DEFAULT, _denoise, _Router, synthesize
+from tidesim.synthesize import DEFAULT, _denoise, _first, _Router, synthesize
 from tidesim.trace import ForwardKind, Trace
 
 SHIPPED = "llada2.0-mini-synthetic"
@@ -205,6 +206,41 @@ def test_few_experts_are_no_obstacle(tmp_path: Path) -> None:
     with Trace.open(tmp_path / "few.h5") as trace:
         assert trace.block_length == 8
         assert trace_statistics(trace).distinct_experts == 4
+
+
+def test_a_trace_does_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime(2000, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr("tidesim.trace.writing.datetime", Stopped)
+    for workers in (1, 2):
+        told: list[tuple[int, int]] = []
+        make(
+            tmp_path / f"{workers}.h5",
+            "llada2-tiny",
+            num_sequences=10,
+            workers=workers,
+            progress=lambda *numbers, told=told: told.append(numbers),
+        ).close()
+        assert told == [(done, 10) for done in range(1, 11)]
+    assert (tmp_path / "1.h5").read_bytes() == (tmp_path / "2.h5").read_bytes()
+    with pytest.raises(ValueError, match=r"workers\(=0\) must be >= 1"):
+        make(tmp_path / "0.h5", workers=0)
+    assert not (tmp_path / "0.h5").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_comes_first_is_found_as_by_sorting_everybody(seed: int) -> None:
+    times = np.random.default_rng(seed).standard_exponential((3, 2, 16), np.float32)
+    expected = np.argsort(times, axis=-1)
+    for num in (1, 5, 16):
+        assert np.array_equal(_first(times, num, np.empty_like(times)), expected[..., :num])
+    times[1, 1, :9] = 0.25  # more arrive together than are wanted
+    first = _first(times, 5, np.empty_like(times))
+    assert [len(set(row)) for row in first.reshape(-1, 5).tolist()] == [5] * 6
+    assert np.array_equal(np.take_along_axis(times, first, axis=-1), np.sort(times, axis=-1)[..., :5])
 
 
 def test_progress_is_told_after_every_sequence(tmp_path: Path) -> None:

@@ -128,6 +128,12 @@ def run(
     return validate(live, source, cases, how, machine, log, machine="here", repeats=repeats, seed=0)
 
 
+def test_sequences_that_run_together_are_no_run_that_can_be_measured(trace: Trace) -> None:
+    workload = trace.workload("block", [0, 1]).batched(2)
+    with pytest.raises(InputError, match=r"batch_size\(=2\) must be 1 .* simulate --batch"):
+        predict(None, workload, None, None)  # type: ignore[arg-type]
+
+
 def test_a_grid_is_measured_simulated_and_decided_alike(trace: Trace, tmp_path: Path) -> None:
     cases = grid(["all-host", "static", "lru", "tide-as-coded"], [32], [1], 256)
     with dummy_model(TINY, CPU, 2, seed=0) as live:

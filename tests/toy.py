@@ -125,6 +125,7 @@ def toy_workload(
         is_first_block=np.full(num_forwards, first_block),
         tokens=tokens,
         context_tokens=zeros,
+        attended_pairs=tokens.astype(np.int64) ** 2,
         logit_tokens=np.where(kind == ForwardKind.DENOISE, TOY.block_length, 0).astype(np.int32),
         generated_tokens=TOY.block_length,
         num_sequences=1,

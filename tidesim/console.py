@@ -195,7 +195,7 @@ def result_tables(document: Document) -> RenderableType:
         "model": document["model"],
         "routing" if document["is_measured"] else "trace": document["trace_origin"],
         "machine": document["hardware"],
-        "execution": f"{document['execution']}, context {document['context']}",
+        "execution": f"{document['execution']}, context {document['context']}" + _batch(document["batch_size"]),
         "policy": document["policy"] + _interval(document["refresh_interval"]),
         "budget": f"{_per_layer(document['budget'])} experts a layer",
         "throughput": f"{document['tok_per_s']:.2f} tok/s {how} ({document['generated_tokens']} tokens "
@@ -246,6 +246,7 @@ def comparison_tables(document: Document) -> RenderableType:
         f"known before: {_ids(document['corpus'])}",
         "machine": document["hardware"],
         "execution": f"{document['execution']}, context {document['context']}"
+        + _batch(document["batch_size"])
         + (", but for systems with their own" if document["has_own_executions"] else ""),
         "budget": f"{document['budget']} experts a layer, the same bytes for all",
         "ceiling": f"no policy is faster than {ceiling['tok_per_s']:.2f} tok/s "
@@ -267,6 +268,10 @@ def comparison_tables(document: Document) -> RenderableType:
     notes = [f"Note: {warning}" for warning in document["warnings"]]
     notes += [f"Left out: {name}, {reason}" for name, reason in document["left_out"].items()]
     return Group(_facts("Comparison", facts), table, "\n".join(notes))
+
+
+def _batch(batch_size: int) -> str:
+    return f", {batch_size} sequences at a time" if batch_size > 1 else ""
 
 
 def _ids(sequences: Sequence[int]) -> str:

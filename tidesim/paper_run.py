@@ -47,7 +47,8 @@ class PaperRun:
         check_budgets(budgets, model.num_experts)
         if self.is_memory_checked:
             scratch = self.policy.scratch_experts(model.num_experts)
-            check_memory(model, hardware, execution, budgets, workload.max_tokens, self.reserve_bytes, scratch)
+            most = (workload.max_tokens, self.reserve_bytes, scratch, workload.batch_size)
+            check_memory(model, hardware, execution, budgets, *most)
         max_rows = int(workload.tokens.max())
         costs = Costs(model, hardware, execution, max_rows)
         known = costs if self.expected is None else Costs(model, self.expected, execution, max_rows)
@@ -74,6 +75,7 @@ class PaperRun:
             seed=self.seed,
             num_forwards=workload.num_forwards,
             generated_tokens=workload.generated_tokens,
+            batch_size=workload.batch_size,
             **totals,
         )
 

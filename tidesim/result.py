@@ -98,6 +98,7 @@ class RunResult:
     makespan_ns : from the start of the first forward to the end of the last, experts of the start already loaded.
     layer_parts_ns : for each MoE layer, and at the end for what is outside of them, the time of each of `PARTS`.
     busy_ns : for each of `RESOURCES`, how long it was busy within the makespan.
+    batch_size : most sequences that ran together.
     is_measured : whether a network ran and was timed, or the run was simulated.
 
     Raise ValueError if the parts do not add up to the makespan, a resource was busy for longer than the run, or
@@ -126,6 +127,7 @@ class RunResult:
     makespan_ns: int
     layer_parts_ns: tuple[tuple[int, ...], ...] = field(repr=False)
     busy_ns: Mapping[str, int] = field(hash=False)
+    batch_size: int = 1
     is_measured: bool = False
     version: str = field(default_factory=tool_version)
 
@@ -180,7 +182,7 @@ class RunResult:
         metrics = ("tok_per_s", "makespan_s", "num_forwards", "generated_tokens", "hit_rate", "hits", "misses")
         moves = ("promotions", "evictions", "drops", "num_copies", "h2d_bytes", "d2h_bytes")
         times = ("breakdown_s", "breakdown_by_layer_s", "busy_share")
-        what = ("policy", "budget", "refresh_interval", "execution", "context", "hardware", "model")
+        what = ("policy", "budget", "refresh_interval", "execution", "context", "batch_size", "hardware", "model")
         origin = ("trace_origin", "is_measured", "seed", "version")
         return {key: getattr(self, key) for key in metrics + moves + times + what + origin}
 

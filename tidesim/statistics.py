@@ -8,7 +8,9 @@ Letters: F denoise forwards, L MoE layers, E experts, K top-k, n rows of a forwa
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,21 @@ import numpy.typing as npt
 
 from tidesim.errors import TraceError
 from tidesim.trace import Trace
-from tidesim.workload import ForwardKind, Segments, Workload, block_segments, read_segments, recorded_segments
+from tidesim.workload import (
+    ForwardKind,
+    Segments,
+    add_prefix,
+    block_segments,
+    count_segments,
+    read_segments,
+    recorded_segments,
+)
 
 MAX_LAG = 8
 _HOT_SHARE = 1 / 8
 
 Floats = npt.NDArray[np.float64]
+Ints32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,33 +107,34 @@ class TraceStatistics:
 
 
 def trace_statistics(trace: Trace) -> TraceStatistics:
-    """The statistics of a trace. Raise TraceError if it holds no denoise forward."""
-    workload = trace.workload("block")
-    is_denoise = workload.kind == ForwardKind.DENOISE
-    if not is_denoise.any():
-        raise TraceError(f"{trace.path}: holds no denoise forward, so there is nothing to describe; record more.")
-    counts = workload.counts[is_denoise]
+    """The statistics of a trace. Raise TraceError if it holds no denoise forward.
+
+    One sequence is in memory at a time, and of all others a number for each forward and layer.
+    """
     rows = trace.forwards[trace.forwards["kind"] == ForwardKind.DENOISE]
-    distinct = np.count_nonzero(counts, axis=2)  # [F, L]
+    if not len(rows):
+        raise TraceError(f"{trace.path}: holds no denoise forward, so there is nothing to describe; record more.")
+    segments = _segments(trace)
+    tokens = (segments.stop - segments.start)[segments.kind == ForwardKind.DENOISE]
+    counted = _count(trace, segments)
     per_block = _forwards_per_block(rows, trace.block_length)
-    popularity = _popularity(workload)
-    used = (workload.counts.sum(axis=0) > 0).mean(axis=1)
+    popularity, used = _popularity(counted.total), (counted.total > 0).mean(axis=1)
     return TraceStatistics(
         model_name=trace.model_name,
         origin=trace.origin,
         fingerprint=trace.fingerprint,
         num_sequences=len(trace.sequences),
-        num_forwards=len(counts),
-        distinct_experts=float(distinct.mean()),
-        distinct_experts_sd=float(distinct.std(axis=0).mean()),
-        distinct_experts_uniform=_uniform(workload, is_denoise),
-        distinct_experts_by_layer=_floats(distinct.mean(axis=0)),
-        distinct_experts_sd_by_layer=_floats(distinct.std(axis=0)),
-        **_kept(trace, rows),
-        **_shared(counts, workload.tokens[is_denoise], rows["masked_tokens"]),
-        cosine_block=_cosines(counts, workload.sequence[is_denoise]),
-        cosine_full=_full_cosines(trace),
-        tokens_per_forward=workload.generated_tokens / len(counts),
+        num_forwards=len(tokens),
+        distinct_experts=float(counted.distinct.mean()),
+        distinct_experts_sd=float(counted.distinct.std(axis=0).mean()),
+        distinct_experts_uniform=_uniform(trace, tokens),
+        distinct_experts_by_layer=_floats(counted.distinct.mean(axis=0)),
+        distinct_experts_sd_by_layer=_floats(counted.distinct.std(axis=0)),
+        **_kept(trace, segments, rows),
+        **_shared(counted.shared, tokens, rows["masked_tokens"]),
+        cosine_block=counted.cosine_block,
+        cosine_full=counted.cosine_full,
+        tokens_per_forward=int(trace.sequences["generated_tokens"].sum()) / len(tokens),
         forwards_per_block_mean=float(per_block.mean()) if len(per_block) else None,
         forwards_per_block_min=int(per_block.min()) if len(per_block) else None,
         forwards_per_block_max=int(per_block.max()) if len(per_block) else None,
@@ -132,17 +144,124 @@ def trace_statistics(trace: Trace) -> TraceStatistics:
         popularity_by_layer=_floats(popularity),
         used_share=float(used.mean()),
         used_share_by_layer=_floats(used),
-        **_lookahead(trace),
+        **_lookahead(trace, segments),
     )
+
+
+# --- what is counted ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Counted:
+    """What the counts of all forwards come to.
+
+    Parameters
+    ----------
+    total : int64 [L, E], over all forwards, of every kind.
+    distinct : int64 [F, L], experts with a token.
+    shared : float64 [F, L], ordered pairs of positions that have an expert in common, over all experts.
+    cosine_block, cosine_full : see `TraceStatistics`.
+    """
+
+    total: npt.NDArray[np.int64]
+    distinct: npt.NDArray[np.int64]
+    shared: Floats
+    cosine_block: tuple[float, ...]
+    cosine_full: tuple[float, ...]
+
+
+def _segments(trace: Trace) -> Segments:
+    """Every forward of an engine with a KV cache."""
+    try:
+        return block_segments(trace, recorded_segments(trace, np.arange(len(trace.sequences))))
+    except TraceError as error:
+        raise TraceError(f"{trace.path}: {error}") from None
+
+
+def _count(trace: Trace, segments: Segments) -> _Counted:
+    """Everything that counts say, from one sequence after another."""
+    total = np.zeros((trace.num_layers, trace.num_experts), np.int64)
+    distinct, shared = [], []
+    block, full = _Cosines(), _Cosines()
+    for part, counts in _by_sequence(trace, segments):
+        total += counts.sum(axis=0, dtype=np.int64)
+        denoise = counts[part.kind == ForwardKind.DENOISE]
+        distinct.append(np.count_nonzero(denoise, axis=2))
+        # An expert with c of a forward's n tokens is shared by c (c - 1) of the n (n - 1) ordered pairs of positions.
+        shared.append(np.einsum("fle,fle->fl", denoise, denoise - 1.0))
+        block.add(denoise)
+        full.add_full(trace, part, counts)
+    return _Counted(
+        total=total,
+        distinct=np.concatenate(distinct),
+        shared=np.concatenate(shared),
+        cosine_block=block.means(),
+        cosine_full=full.means(),
+    )
+
+
+def _by_sequence(trace: Trace, segments: Segments) -> Iterator[tuple[Segments, Ints32]]:
+    """The forwards of one sequence after another, and their counts [f, L, E]: those that are kept, or counted now."""
+    bounds = np.searchsorted(segments.sequence, np.arange(len(trace.sequences) + 1)).tolist()
+    is_kept = trace.kept_counts(segments, np.arange(0)) is not None
+    for number, (start, stop) in enumerate(pairwise(bounds)):
+        part = segments.slice(start, stop)
+        # Mapped anew each time: what was read of a map stays in memory until the map goes.
+        kept = trace.kept_counts(segments, np.array([number])) if is_kept else None
+        if kept is None:
+            yield part, count_segments(trace.expert_ids, part, trace.num_layers, trace.num_experts)
+        else:
+            yield part, kept[start:stop].astype(np.int32)
+
+
+class _Cosines:
+    """Mean cosine over layers and pairs of forwards of one sequence that lie 1, 2, ... apart, as far as there are."""
+
+    def __init__(self) -> None:
+        self._sums, self._pairs = np.zeros(MAX_LAG), np.zeros(MAX_LAG, np.int64)
+        self._is_known = True
+
+    def add(self, counts: npt.NDArray[np.int32]) -> None:
+        """The forwards of one sequence, [f, L, E]."""
+        wide = counts.astype(np.float64)
+        norms = np.sqrt(np.einsum("fle,fle->fl", wide, wide))  # [f, L]
+        for lag in range(1, min(MAX_LAG, len(counts) - 1) + 1):
+            dots = np.einsum("fle,fle->fl", wide[lag:], wide[:-lag])
+            self._sums[lag - 1] += (dots / (norms[lag:] * norms[:-lag])).sum()
+            self._pairs[lag - 1] += dots.size
+
+    def add_full(self, trace: Trace, part: Segments, counts: npt.NDArray[np.int32]) -> None:
+        """The same without a KV cache, from the forwards of one sequence with one.
+
+        An imported trace may lack the commit forwards that this is rebuilt from. Then nothing is known.
+        """
+        if not self._is_known:
+            return
+        if not trace.kv_cache:
+            recorded = recorded_segments(trace, part.sequence[:1])
+            self.add(count_segments(trace.expert_ids, recorded, trace.num_layers, trace.num_experts))
+            return
+        try:
+            self.add(add_prefix(counts, part, trace.block_length)[1])
+        except TraceError:
+            self._is_known = False
+
+    def means(self) -> tuple[float, ...]:
+        """By lag; up to the first without a pair."""
+        num_lags = int(np.argmin(np.append(self._pairs, 0))) if self._is_known else 0
+        return _floats(self._sums[:num_lags] / self._pairs[:num_lags])
+
+
+# --- figures ---
 
 
 def _floats(values: npt.NDArray[Any]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _uniform(workload: Workload, is_denoise: npt.NDArray[np.bool_]) -> float:
-    E, K = workload.num_experts, workload.top_k
-    return float((E * (1 - (1 - K / E) ** workload.tokens[is_denoise])).mean())
+def _uniform(trace: Trace, tokens: npt.NDArray[np.int64]) -> float:
+    E, K = trace.num_experts, trace.top_k
+    return float((E * (1 - (1 - K / E) ** tokens)).mean())
 
 
 def _forwards_per_block(rows: npt.NDArray[np.void], block_length: int) -> npt.NDArray[np.int64]:
@@ -153,16 +272,15 @@ def _forwards_per_block(rows: npt.NDArray[np.void], block_length: int) -> npt.ND
     return np.asarray(np.diff(first, append=len(rows))[is_whole], np.int64)
 
 
-def _popularity(workload: Workload) -> Floats:
-    """Share of a layer's routed tokens that go to its most used experts, [L]."""
-    total = np.sort(workload.counts.sum(axis=0, dtype=np.int64), axis=1)
-    num_hot = max(1, round(workload.num_experts * _HOT_SHARE))
-    return np.asarray(total[:, -num_hot:].sum(axis=1) / total.sum(axis=1))
+def _popularity(total: npt.NDArray[np.int64]) -> Floats:
+    """Share of a layer's routed tokens that go to its most used experts, [L], of `total` [L, E]."""
+    ascending = np.sort(total, axis=1)
+    num_hot = max(1, round(total.shape[1] * _HOT_SHARE))
+    return np.asarray(ascending[:, -num_hot:].sum(axis=1) / ascending.sum(axis=1))
 
 
-def _kept(trace: Trace, rows: npt.NDArray[np.void]) -> dict[str, Any]:
+def _kept(trace: Trace, segments: Segments, rows: npt.NDArray[np.void]) -> dict[str, Any]:
     """Shares of experts kept from one denoise forward of a block to the next."""
-    segments = block_segments(trace, recorded_segments(trace, np.arange(len(trace.sequences))))
     kept = _kept_by_forward(trace, segments.of_kind(ForwardKind.DENOISE))
     if not kept:
         return {"kept_share": None, "kept_share_undisturbed": None, "kept_share_by_layer": ()}
@@ -190,15 +308,17 @@ def _kept_by_forward(trace: Trace, segments: Segments) -> dict[int, Floats]:
 
 def _is_among(ids: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Whether each of `ids` [..., K] is one of the `others` [..., K] of the same position and layer."""
-    return np.asarray((ids[..., :, None] == others[..., None, :]).any(axis=-1))
+    is_found = np.zeros(ids.shape, np.bool_)
+    for slot in range(others.shape[-1]):  # some times faster than all at once, as K is small
+        is_found |= ids == others[..., slot, None]
+    return is_found
 
 
-def _lookahead(trace: Trace) -> dict[str, Any]:
+def _lookahead(trace: Trace, segments: Segments) -> dict[str, Any]:
     """Shares of experts that the layer before foretold, over the rows of each kind of forward."""
     names = ("lookahead_share", "lookahead_share_random")
     if not trace.has_lookahead:
         return {**dict.fromkeys(names), "lookahead_share_by_layer": (), "lookahead_share_by_kind": {}}
-    segments = block_segments(trace, recorded_segments(trace, np.arange(len(trace.sequences))))
     shares = {}
     for kind in sorted(set(segments.kind.tolist())):
         rows = segments.of_kind(ForwardKind(kind))
@@ -217,38 +337,11 @@ def _lookahead(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _shared(
-    counts: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32], masked: npt.NDArray[np.int32]
-) -> dict[str, Any]:
-    """Experts that two positions have in common.
-
-    An expert with c of a forward's n tokens is shared by c (c - 1) of the n (n - 1) ordered pairs of positions.
-    """
-    pairs = np.maximum(tokens * (tokens - 1.0), 1)[:, None]
-    shared = ((counts - 1.0) * counts).sum(axis=2) / pairs  # [F, L]
+def _shared(pairs: Floats, tokens: npt.NDArray[np.int64], masked: npt.NDArray[np.int32]) -> dict[str, Any]:
+    """Experts that two positions have in common: `pairs` [F, L] of them share one, out of those of `tokens` [F]."""
+    shared = pairs / np.maximum(tokens * (tokens - 1.0), 1)[:, None]  # [F, L]
     is_pair, is_masked = tokens > 1, (tokens > 1) & (masked == tokens)
     return {
         "shared_experts": float(shared[is_pair].mean()) if is_pair.any() else None,
         "shared_experts_masked": float(shared[is_masked].mean()) if is_masked.any() else None,
     }
-
-
-def _full_cosines(trace: Trace) -> tuple[float, ...]:
-    try:
-        workload = trace.workload("full")
-    except TraceError:
-        return ()  # an imported trace may lack the commit forwards that the full regime is rebuilt from
-    return _cosines(workload.counts, workload.sequence)
-
-
-def _cosines(counts: npt.NDArray[np.int32], sequence: npt.NDArray[np.int32]) -> tuple[float, ...]:
-    """Mean cosine over layers and pairs of forwards of one sequence that lie 1, 2, ... apart, as far as there are."""
-    norms = np.sqrt(np.einsum("fle,fle->fl", counts, counts, dtype=np.float64))  # [F, L]
-    cosines: list[float] = []
-    for lag in range(1, min(MAX_LAG, len(counts) - 1) + 1):
-        is_pair = sequence[lag:] == sequence[:-lag]
-        if not is_pair.any():
-            break
-        dots = np.einsum("fle,fle->fl", counts[lag:], counts[:-lag], dtype=np.float64)
-        cosines.append(float((dots / (norms[lag:] * norms[:-lag]))[is_pair].mean()))
-    return tuple(cosines)

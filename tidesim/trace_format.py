@@ -1,6 +1,6 @@
 """The trace file, version 1: every attribute, dataset and column described once, and the rules they keep.
 
-Knows nothing of HDF5: `trace.py` reads and writes the file.
+Knows nothing of HDF5: the package `trace` reads and writes the file.
 """
 
 import json

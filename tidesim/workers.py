@@ -2,13 +2,16 @@
 
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 # Called with how many cases are done, and how many are known to be needed so far.
 Progress = Callable[[int, int], None]
+
+_AHEAD = 4  # cases a process that are begun before their outcomes are asked for
 
 Setting = TypeVar("Setting")
 Case = TypeVar("Case")
@@ -48,10 +51,21 @@ class Workers(Generic[Setting]):
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, work: Callable[[Setting, Case], Outcome], cases: Iterable[Case]) -> Iterator[Outcome]:
-        """`work(setting, case)` for each case, in order. `work` must be a function of a module."""
-        if self._pool is None:
-            return (work(self.setting, case) for case in cases)
-        return self._pool.map(_run, ((work, case) for case in cases))
+        """`work(setting, case)` for each case, in order. `work` must be a function of a module.
+
+        Cases are begun while outcomes are taken, and only a few ahead of them, so that outcomes do not pile up.
+        """
+        pool = self._pool
+        if pool is None:
+            yield from (work(self.setting, case) for case in cases)
+            return
+        begun: deque[Future[Outcome]] = deque()
+        for case in cases:
+            begun.append(pool.submit(_run, (work, case)))
+            if len(begun) >= _AHEAD * self._num_workers:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 _setting: list[Any] = []

@@ -18,14 +18,19 @@ from typing import Any, Literal, Protocol, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.batches import Batches
 from tidesim.errors import TraceError
 
 Context = Literal["block", "full"]
 Ints = npt.NDArray[np.int64]
+Counts = npt.NDArray[Any]  # integers [F, L, E]
 ReadIds = Callable[[int, int], npt.NDArray[Any]]  # first row, past the last -> ids [n, layers, K]
 
 WINDOW_ROWS = 1 << 13  # routed rows held in memory at once
 _COLUMNS = ("sequence", "block", "step", "kind", "context_tokens")
+# Columns of a workload: in a batch, of one of its sequences, or added up over all.
+_OF_ONE = ("kind", "sequence", "block", "step", "is_first_block")
+_OF_ALL = ("tokens", "context_tokens", "attended_pairs", "logit_tokens")
 
 
 class ForwardKind(IntEnum):
@@ -42,19 +47,23 @@ class Workload:
 
     Parameters
     ----------
-    counts : int32 [F, L, E], tokens routed to each expert.
+    counts : int32 [F, L, E], tokens routed to each expert; mapped ones are unsigned and narrower, see `Trace.workload`.
     kind : uint8 [F], a `ForwardKind`.
     sequence, block, step : int32 [F]; sequences keep their number in the trace.
     is_first_block : bool [F], whether the forward works on the first decoded block of its sequence.
     tokens : int32 [F], rows that the forward routes.
     context_tokens : int32 [F], cached tokens that it attends to besides.
-    logit_tokens : int32 [F], rows that go through lm_head: at most B in a denoise forward, else 0.
+    attended_pairs : int64 [F], pairs of a row and a token that it attends to: tokens * (context_tokens + tokens), of a
+        batch the sum of that over its sequences, as no sequence attends to another one.
+    logit_tokens : int32 [F], rows that go through lm_head: at most B of a sequence that denoises, else 0.
     generated_tokens : tokens generated, over all sequences.
-    max_tokens : most tokens that one forward attends to, its rows and its context: the size of the KV cache.
+    max_tokens : most tokens that the KV cache holds at once: those that one forward attends to, its rows and its
+        context. A batch holds the caches of all its sequences until the last of them has ended.
     context : "block" (KV cache: a forward routes its own block) or "full" (no cache: it routes the whole prefix).
     fingerprint : that of the trace.
     lookahead : int32 [F, L, E] or None, tokens for which the router of layer l names each expert when it is fed the
         input of layer l - 1; all zero where no layer comes before, as nothing foretells the first one.
+    batch_size : most sequences that run together, see `batched`.
     """
 
     counts: npt.NDArray[np.int32]
@@ -65,6 +74,7 @@ class Workload:
     is_first_block: npt.NDArray[np.bool_]
     tokens: npt.NDArray[np.int32]
     context_tokens: npt.NDArray[np.int32]
+    attended_pairs: npt.NDArray[np.int64]
     logit_tokens: npt.NDArray[np.int32]
     generated_tokens: int
     num_sequences: int
@@ -77,6 +87,7 @@ class Workload:
     context: Context
     fingerprint: str
     lookahead: npt.NDArray[np.int32] | None = None
+    batch_size: int = 1
 
     @property
     def num_forwards(self) -> int:
@@ -97,8 +108,7 @@ class Workload:
             return self
         if num_forwards < 1:
             raise ValueError(f"num_forwards(={num_forwards}) must be >= 1.")
-        columns = ("counts", "kind", "sequence", "block", "step", "is_first_block", "tokens", "context_tokens")
-        cut = {name: getattr(self, name)[:num_forwards] for name in (*columns, "logit_tokens")}
+        cut = {name: getattr(self, name)[:num_forwards] for name in ("counts", *_OF_ONE, *_OF_ALL)}
         is_denoise = self.kind == ForwardKind.DENOISE
         share = is_denoise[:num_forwards].sum() / max(1, is_denoise.sum())
         return replace(
@@ -106,8 +116,45 @@ class Workload:
             **cut,
             lookahead=None if self.lookahead is None else self.lookahead[:num_forwards],
             generated_tokens=round(self.generated_tokens * share),
-            num_sequences=len(np.unique(cut["sequence"])),
-            max_tokens=int((cut["tokens"] + cut["context_tokens"]).max()),
+            num_sequences=min(self.num_sequences, self.batch_size * len(np.unique(cut["sequence"]))),
+            max_tokens=self.max_tokens if self.batch_size > 1 else _most_tokens(cut["tokens"], cut["context_tokens"]),
+        )
+
+    def batched(self, batch_size: int) -> Self:
+        """The same sequences run `batch_size` at a time, in their order; the last batch may have fewer.
+
+        The sequences of a batch begin together and run in lock step: its forward i holds the rows of the i-th forward
+        of each of its sequences, so every weight is read once for all of them, and an expert that several ask for has
+        the rows of all. Rows are not padded. As sequences accept tokens at their own pace, one may be caching a
+        finished block, or its prompt, while another denoises: such forwards run as one, too. Who has ended takes no
+        part any more, and nobody new joins until the whole batch has ended. Each sequence attends to itself alone.
+
+        Counts, look-ahead, tokens, context, attended pairs and rows for lm_head add up. To a policy, a batch is what a
+        sequence is: `sequence` is the batch's first, all the time. `block`, `step` and `is_first_block` are those of
+        its first sequence that still runs, and `kind` is DENOISE if any sequence denoises, else that of the same one.
+        So a policy that refreshes every so many steps keeps the time of one sequence: others may begin their blocks in
+        between, and the forward in which that sequence caches a block counts as one more step of it.
+
+        Raise ValueError if `batch_size` < 1, or if this workload is batched already.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size(={batch_size}) must be >= 1.")
+        if self.batch_size > 1:
+            raise ValueError(f"the workload is batched already, by {self.batch_size}; batch the one that it came from.")
+        batch_size = min(batch_size, len(np.unique(self.sequence)))
+        if batch_size <= 1:
+            return self
+        batches = Batches.of(self.sequence, batch_size)
+        columns: dict[str, Any] = {name: getattr(self, name)[batches.leader] for name in _OF_ONE}
+        columns["kind"][batches.any(self.kind == ForwardKind.DENOISE)] = ForwardKind.DENOISE
+        columns["sequence"] = self.sequence[batches.first]
+        columns |= {name: batches.sums(getattr(self, name)) for name in ("counts", *_OF_ALL)}
+        return replace(
+            self,
+            **columns,
+            lookahead=None if self.lookahead is None else batches.sums(self.lookahead),
+            max_tokens=batches.sum_of_peaks(self.tokens.astype(np.int64) + self.context_tokens),
+            batch_size=batch_size,
         )
 
     def tiled(self, num_layers: int) -> Self:
@@ -122,6 +169,10 @@ class Workload:
         layers = np.arange(num_layers) % self.num_layers
         lookahead = None if self.lookahead is None else self.lookahead[:, layers]
         return replace(self, counts=self.counts[:, layers], lookahead=lookahead)
+
+
+def _most_tokens(tokens: npt.NDArray[Any], context_tokens: npt.NDArray[Any]) -> int:
+    return int((tokens + context_tokens).max(initial=0))
 
 
 class Recording(Protocol):
@@ -146,27 +197,29 @@ class Recording(Protocol):
     def lookahead_ids(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Experts of layer l + 1 that the input of layer l foretold for those rows, [stop - start, L - 1, K]."""
 
+    def kept_counts(self, every: "Segments", chosen: Ints) -> Counts | None:
+        """Counts [F, L, E] of `every` forward of an engine with a KV cache, those of the `chosen` sequences in order.
+
+        None if they are not kept.
+        """
+
 
 def build_workload(
-    recording: Recording, context: Context, sequences: Sequence[int] | None, has_lookahead: bool
+    recording: Recording, context: Context, sequences: Sequence[int] | None, has_lookahead: bool, is_mapped: bool
 ) -> Workload:
     """The workload of an engine with a KV cache ("block") or without one ("full"); see `Trace.workload`."""
     if context not in get_args(Context):
         raise ValueError(f"context(={context!r}) must be 'block' or 'full'.")
     chosen = _chosen(recording, sequences)
-    L = recording.num_layers
     try:
-        segments, counts, tokens = _count(recording, context, chosen, recording.expert_ids, L)
+        segments, counts, tokens = _count(recording, context, chosen, is_mapped)
     except TraceError as error:
         raise TraceError(f"{recording.path}: {error}") from None
-    lookahead = None
-    if has_lookahead:
-        foretold = _count(recording, context, chosen, recording.lookahead_ids, L - 1)[1]  # [F, L - 1, E]
-        lookahead = np.insert(foretold, 0, 0, axis=1)  # [F, L, E]
+    lookahead = _count_lookahead(recording, context, chosen) if has_lookahead else None
     is_denoise = segments.kind == ForwardKind.DENOISE
     first_block = recording.sequences["prompt_tokens"] // recording.block_length
     return Workload(
-        counts=counts,
+        counts=counts if is_mapped else counts.astype(np.int32, copy=False),
         kind=segments.kind.astype(np.uint8),
         sequence=segments.sequence.astype(np.int32),
         block=segments.block.astype(np.int32),
@@ -174,10 +227,11 @@ def build_workload(
         is_first_block=segments.block == first_block[segments.sequence],
         tokens=tokens.astype(np.int32),
         context_tokens=segments.context_tokens.astype(np.int32),
+        attended_pairs=tokens * (segments.context_tokens + tokens),
         logit_tokens=np.where(is_denoise, np.minimum(tokens, recording.block_length), 0).astype(np.int32),
         generated_tokens=int(recording.sequences["generated_tokens"][chosen].sum()),
         num_sequences=len(chosen),
-        max_tokens=int((tokens + segments.context_tokens).max(initial=0)),
+        max_tokens=_most_tokens(tokens, segments.context_tokens),
         model_name=recording.model_name,
         num_experts=recording.num_experts,
         top_k=recording.top_k,
@@ -201,18 +255,58 @@ def _chosen(recording: Recording, sequences: Sequence[int] | None) -> Ints:
     return chosen
 
 
-def _count(
-    recording: Recording, context: Context, chosen: Ints, read: ReadIds, num_layers: int
-) -> tuple["Segments", npt.NDArray[np.int32], Ints]:
-    """The forwards, the counts [F, layers, E] of the ids that `read` gives, and the rows that each routes [F]."""
+def _count(recording: Recording, context: Context, chosen: Ints, is_narrow: bool) -> tuple["Segments", Counts, Ints]:
+    """The forwards of a context, their counts [F, L, E], and the rows that each routes [F].
+
+    Counts that are kept are mapped where the `chosen` sequences lie side by side, and are as narrow as they are there;
+    those that a prefix is added to are so too if `is_narrow`.
+    """
     segments = recorded_segments(recording, chosen)
+    if context == "full" and not recording.kv_cache:
+        counts: Counts = _counted(recording, recording.expert_ids, segments, recording.num_layers)
+        return segments, counts, segments.stop - segments.start
+    segments = block_segments(recording, segments)
+    counts = block_counts(recording, segments, chosen)
+    if context == "block":
+        return segments, counts, segments.stop - segments.start
+    rows = segments.stop - segments.start + segments.block * recording.block_length
+    most = recording.top_k * int(rows.max(initial=0))  # a row may name an expert twice
+    dtype = np.min_scalar_type(most) if is_narrow else np.dtype(np.int32)
+    denoise, counts = add_prefix(counts, segments, recording.block_length, dtype)
+    return denoise, counts, rows[segments.kind == ForwardKind.DENOISE]
+
+
+def block_counts(recording: Recording, segments: "Segments", chosen: Ints) -> Counts:
+    """Counts [F, L, E] of the `segments` of the `chosen` sequences: those that are kept, or counted now."""
+    everybody = np.arange(len(recording.sequences))
+    try:
+        every = block_segments(recording, recorded_segments(recording, everybody))
+    except TraceError:
+        return _counted(recording, recording.expert_ids, segments, recording.num_layers)  # others are at fault
+    kept = recording.kept_counts(every, chosen)
+    if kept is None:
+        return _counted(recording, recording.expert_ids, segments, recording.num_layers)
+    index = np.flatnonzero(np.isin(every.sequence, chosen))
+    if not len(index) or index[-1] - index[0] + 1 == len(index):
+        first = int(index[0]) if len(index) else 0
+        return kept[first : first + len(index)]
+    return kept[index]
+
+
+def _counted(recording: Recording, read: ReadIds, segments: "Segments", num_layers: int) -> npt.NDArray[np.int32]:
+    return count_segments(read, segments, num_layers, recording.num_experts)
+
+
+def _count_lookahead(recording: Recording, context: Context, chosen: Ints) -> npt.NDArray[np.int32]:
+    """Tokens for which each expert was foretold, [F, L, E]; none in the first layer."""
+    segments, num_layers = recorded_segments(recording, chosen), recording.num_layers - 1
+    is_prefix_missing = context == "full" and recording.kv_cache
     if context == "block":
         segments = block_segments(recording, segments)
-    counts = count_segments(read, segments, num_layers, recording.num_experts)
-    if context == "block" or not recording.kv_cache:
-        return segments, counts, segments.stop - segments.start
-    segments, counts = add_prefix(counts, segments, recording.block_length)
-    return segments, counts, segments.stop - segments.start + segments.block * recording.block_length
+    counts = _counted(recording, recording.lookahead_ids, segments, num_layers)  # [F, L - 1, E]
+    if is_prefix_missing:
+        counts = add_prefix(counts, segments, recording.block_length)[1]
+    return np.insert(counts, 0, 0, axis=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -232,6 +326,10 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.start)
+
+    def slice(self, start: int, stop: int) -> "Segments":
+        """The forwards start:stop."""
+        return Segments(**{name: getattr(self, name)[start:stop] for name in ("start", "stop", *_COLUMNS)})
 
     def of_kind(self, kind: ForwardKind) -> "Segments":
         """The forwards of one kind."""
@@ -344,12 +442,12 @@ def read_segments(read: ReadIds, segments: Segments) -> Iterator[npt.NDArray[Any
 
 
 def add_prefix(
-    counts: npt.NDArray[np.int32], segments: Segments, block_length: int
-) -> tuple[Segments, npt.NDArray[np.int32]]:
+    counts: Counts, segments: Segments, block_length: int, dtype: npt.DTypeLike = np.int32
+) -> tuple[Segments, Counts]:
     """Denoise forwards of an engine without a KV cache, from the forwards of one that has it.
 
     A denoise forward of block b then routes the rows of the prefill, of the commits of all blocks before b, and its
-    own. Returned are the denoise segments (no context any more) and their counts.
+    own. Returned are the denoise segments (no context any more) and their counts, which must fit `dtype`.
 
     Raise TraceError if the recorded prefill and commit forwards do not cover a prefix.
     """
@@ -365,14 +463,16 @@ def add_prefix(
             f"sequence {segments.sequence[i]}, block {segments.block[i]}: prefill and commit forwards hold {cached[i]} "
             f"of {want[i]} earlier rows, so the full context cannot be rebuilt; use context='block'."
         )
-    total = counts.copy()
-    prefix = np.zeros_like(counts[:1].sum(axis=0))
+    total = np.zeros((int(is_denoise.sum()), *counts.shape[1:]), dtype)
+    prefix = np.zeros(counts.shape[1:], np.int32)
+    done = 0
     for forward in range(len(segments)):
         if first[forward] == forward:
             prefix[:] = 0
         if is_denoise[forward]:
-            total[forward] += prefix
+            np.add(prefix, counts[forward], out=total[done], casting="unsafe")
+            done += 1
         else:
             prefix += counts[forward]
     denoise = segments.of_kind(ForwardKind.DENOISE)
-    return replace(denoise, context_tokens=np.zeros_like(denoise.context_tokens)), total[is_denoise]
+    return replace(denoise, context_tokens=np.zeros_like(denoise.context_tokens)), total

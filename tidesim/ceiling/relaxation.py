@@ -72,8 +72,8 @@ class Relaxation:
 
 def _dense(workload: Workload, costs: Costs) -> Floats:
     """Everything but the routed experts, [F]: known to the nanosecond."""
-    entry = sum(costs.entry_ns(workload.tokens, workload.context_tokens))
-    layers = workload.num_layers * sum(costs.layer_ns(workload.tokens, workload.context_tokens))
+    rows = (workload.tokens, workload.context_tokens, workload.attended_pairs)
+    entry, layers = sum(costs.entry_ns(*rows)), workload.num_layers * sum(costs.layer_ns(*rows))
     return np.asarray(entry + layers + sum(costs.head_ns(workload.tokens, workload.logit_tokens)), np.float64)
 
 

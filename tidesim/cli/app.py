@@ -70,6 +70,9 @@ BudgetOption = Annotated[
         "--budget", help="Experts a layer on the device: a number, or one per layer (8,16,...). Default: what fits."
     ),
 ]
+BatchOption = Annotated[
+    int, typer.Option("--batch", min=1, help="Sequences that run together, forward by forward, in their order.")
+]
 IntervalOption = Annotated[
     int | None,
     typer.Option(
@@ -85,6 +88,7 @@ PredictorOption = Annotated[
         f"{PREDICTORS[0]} (the forward before) if left out. The oracle knows the trace beforehand.",
     ),
 ]
+WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one a core.")]
 TimelineOption = Annotated[Path | None, typer.Option("--timeline", help="Write who ran when, for Perfetto.")]
 DecisionsOption = Annotated[
     Path | None, typer.Option("--decisions", help="Write every promotion and eviction, one line a layer.")

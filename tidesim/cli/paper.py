@@ -9,6 +9,7 @@ import typer
 from tidesim import console
 from tidesim.cli.app import (
     DEFAULT_TRACE,
+    BatchOption,
     BudgetOption,
     ContextOption,
     DecisionsOption,
@@ -25,6 +26,7 @@ from tidesim.cli.app import (
     TimelineOption,
     TraceOption,
     WeightBitsOption,
+    WorkersOption,
     app,
     chosen_execution,
     chosen_policy,
@@ -70,6 +72,7 @@ def synthesize(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences to make.")] = 16,
     gen_length: Annotated[int, typer.Option(min=1, help="Tokens generated in each, on average.")] = 128,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, on average.")] = 96,
+    workers: WorkersOption = None,
     overwrite: OverwriteFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
@@ -86,6 +89,7 @@ def synthesize(
             prompt_tokens=prompt_tokens,
             seed=seed,
             overwrite=overwrite,
+            workers=workers,
             progress=advance,
         )
     with Trace.open(out) as written:
@@ -110,6 +114,7 @@ def simulate(
     predictor: PredictorOption = None,
     execution_name: ExecutionOption = "overlapped",
     context: ContextOption = None,
+    batch: BatchOption = 1,
     weight_bits: WeightBitsOption = 16,
     reserve_gib: ReserveOption = None,
     ignore_memory: IgnoreMemoryFlag = False,
@@ -122,11 +127,11 @@ def simulate(
     machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
     with Trace.open(trace_name) as opened:
         sizes = _sizes(opened, model, weight_bits)
-        workload = _workload(opened, sizes, how.context)
+        workload = _workload(opened, sizes, how.context).batched(batch)
     learnt = workload
     if corpus is not None:
         with Trace.open(corpus) as opened:
-            learnt = _workload(opened, sizes, how.context)
+            learnt = _workload(opened, sizes, how.context).batched(batch)
     made = chosen_policy(policy_name, refresh_interval, predictor, Knowledge(workload=workload, corpus=learnt))
     reserve = reserve_bytes(reserve_gib)
     if budget is None:
@@ -166,7 +171,7 @@ def plan(
     held_out_share: Annotated[
         float, typer.Option(help="Share of the sequences to score the plan on; 0 for none.")
     ] = 0.25,
-    workers: Annotated[int | None, typer.Option(help="Processes to simulate on; default: one a core.")] = None,
+    workers: WorkersOption = None,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -200,6 +205,7 @@ def compare(
     ] = None,
     execution_name: ExecutionOption = "overlapped",
     context: ContextOption = None,
+    batch: BatchOption = 1,
     weight_bits: WeightBitsOption = 16,
     reserve_gib: ReserveOption = None,
     ignore_memory: IgnoreMemoryFlag = False,
@@ -210,7 +216,7 @@ def compare(
         bool, typer.Option("--own-executions", help="Run each other system's policy the way that system runs.")
     ] = False,
     picture: Annotated[Path | None, typer.Option(help="Picture to write (PNG).")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes to simulate on; default: one a core.")] = None,
+    workers: WorkersOption = None,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -231,7 +237,9 @@ def compare(
     workload, corpus = known[how.context]
     if budget is None:
         hows = [how, *(execution(name) for name in OWN_EXECUTIONS.values() if own_executions)]
-        budget = min(largest_budget(sizes, machine, one, workload.max_tokens, reserve) for one in hows)
+        together = workload.batched(batch)
+        most = (together.max_tokens, reserve)
+        budget = min(largest_budget(sizes, machine, one, *most, batch_size=together.batch_size) for one in hows)
     with console.progress("comparing") as advance:
         comparison = run_comparison(
             workload,
@@ -241,6 +249,7 @@ def compare(
             execution=how,
             budget=budget,
             names=policies,
+            batch_size=batch,
             by_context=known if own_executions else None,
             reserve_bytes=reserve,
             is_memory_checked=not ignore_memory,
@@ -258,8 +267,9 @@ def compare(
 
 def _workload(opened: Trace, sizes: MoEConfig, context: Context, sequences: Sequence[int] | None = None) -> Workload:
     """The workload of some sequences, all by default, tiled to the layers of the model whose sizes are used, with its
-    look-ahead if it was recorded."""
-    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead)
+    look-ahead if it was recorded; of all sequences, the counts are mapped, as there may be many."""
+    is_mapped = sequences is None
+    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead, is_mapped=is_mapped)
     return workload.tiled(sizes.num_layers)
 
 
@@ -275,7 +285,7 @@ def _default_budget(
     if made.name == "all-device":
         return sizes.num_experts
     scratch = made.scratch_experts(sizes.num_experts)
-    return largest_budget(sizes, machine, how, workload.max_tokens, reserve, scratch)
+    return largest_budget(sizes, machine, how, workload.max_tokens, reserve, scratch, workload.batch_size)
 
 
 def _trace_header(opened: Trace) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class Comparison:
     ceiling, pooled_ceiling : bounds for policies with slots of each layer's own, and with slots that all layers share.
     most_hits : of any cache that is filled on demand.
     budget : slots of a layer. sequences, corpus : compared on, and known before.
+    batch_size : most sequences that ran together.
     warnings : what to bear in mind, a sentence each.
     """
 
@@ -88,6 +89,7 @@ class Comparison:
     budget: int
     sequences: tuple[int, ...]
     corpus: tuple[int, ...]
+    batch_size: int
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, object]:
@@ -99,7 +101,7 @@ class Comparison:
             for name, bound in (("ceiling", self.ceiling), ("pooled_ceiling", self.pooled_ceiling))
         }
         return (
-            {"execution": self.execution.name, "context": self.execution.context}
+            {"execution": self.execution.name, "context": self.execution.context, "batch_size": self.batch_size}
             | {"has_own_executions": self.has_own_executions}
             | {name: getattr(shared, name) for name in what}
             | {"budget": self.budget, "sequences": self.sequences, "corpus": self.corpus}
@@ -159,6 +161,7 @@ def compare(
     names: Sequence[str] | None = None,
     by_context: Mapping[Context, tuple[Workload, Workload]] | None = None,
     intervals: Sequence[int] = INTERVALS,
+    batch_size: int = 1,
     reserve_bytes: int | None = None,
     is_memory_checked: bool = True,
     workers: int | None = None,
@@ -179,6 +182,7 @@ def compare(
         system's own execution, `OWN_EXECUTIONS`, and the others under `execution`: systems are compared as a whole. Who
         does not fit the device under its own execution is left out.
     intervals : refresh intervals to try for those that refresh; those longer than every block mean the same.
+    batch_size : sequences that run together, those of the corpus too; see `Workload.batched`.
     reserve_bytes, is_memory_checked : see `simulate`.
     workers : see `Workers`.
     progress : called with how many runs are done, and how many there are.
@@ -186,15 +190,20 @@ def compare(
     Raise InputError if workload, model and execution do not fit together or a policy is unknown, BudgetError if the
     budget does not fit the device.
     """
+    sequences, known_sequences = _sequences(workload), _sequences(corpus)
+    known = {
+        context: (one.batched(batch_size), other.batched(batch_size))
+        for context, (one, other) in {**(by_context or {}), execution.context: (workload, corpus)}.items()
+    }
+    workload = known[execution.context][0]
     if is_memory_checked:
-        check_memory(model, hardware, execution, budget, workload.max_tokens, reserve_bytes)
+        _check_memory(model, hardware, execution, budget, workload, reserve_bytes)
     who = contenders(
         distinct_intervals(intervals, workload),
         names,
         has_lookahead=workload.lookahead is not None,
         has_own_executions=by_context is not None,
     )
-    known = {**(by_context or {}), execution.context: (workload, corpus)}
     setting = _Setting(
         courses=_courses(who, execution, known, model, hardware),
         model=model,
@@ -205,7 +214,19 @@ def compare(
         is_memory_checked=is_memory_checked,
     )
     outcomes = _outcomes(setting, who, workers, progress)
-    return _compared(setting, who, outcomes, has_own_executions=by_context is not None)
+    return _compared(setting, who, outcomes, sequences, known_sequences, has_own_executions=by_context is not None)
+
+
+def _check_memory(
+    model: MoEConfig,
+    hardware: Hardware,
+    how: Execution,
+    budget: int,
+    workload: Workload,
+    reserve_bytes: int | None,
+) -> None:
+    most = (workload.max_tokens, reserve_bytes)
+    check_memory(model, hardware, how, budget, *most, batch_size=workload.batch_size)
 
 
 def slots_left(budget: int, scratch: int, num_layers: int) -> tuple[int, ...] | None:
@@ -261,8 +282,8 @@ def _run(setting: _Setting, contender: Contender) -> _Outcome:
     course = setting.courses[contender.execution]
     try:
         if setting.is_memory_checked:
-            how, most_tokens = course.costs.execution, course.workload.max_tokens
-            check_memory(setting.model, setting.hardware, how, setting.budget, most_tokens, setting.reserve_bytes)
+            how = course.costs.execution
+            _check_memory(setting.model, setting.hardware, how, setting.budget, course.workload, setting.reserve_bytes)
         made = _made(course, contender)
         scratch = made.scratch_experts(setting.model.num_experts)
         budgets = slots_left(setting.budget, scratch, setting.model.num_layers)
@@ -300,9 +321,15 @@ def _simulated(setting: _Setting, course: _Course, made: Policy, budgets: tuple[
 
 
 def _compared(
-    setting: _Setting, who: Sequence[Contender], outcomes: Sequence[_Outcome], *, has_own_executions: bool
+    setting: _Setting,
+    who: Sequence[Contender],
+    outcomes: Sequence[_Outcome],
+    sequences: tuple[int, ...],
+    corpus: tuple[int, ...],
+    *,
+    has_own_executions: bool,
 ) -> Comparison:
-    """The runs beside their ceilings."""
+    """The runs beside their ceilings; a batch no longer tells which `sequences` are in it."""
     shared = setting.courses[None]
     ceilings = _ceilings(setting, who, outcomes)
     rows = _rows(who, outcomes, ceilings)
@@ -316,8 +343,9 @@ def _compared(
         most_hits=hit_ceiling(shared.workload, setting.budget),
         num_pairs=int(shared.workload.counts.sum(dtype=np.int64)),
         budget=setting.budget,
-        sequences=_sequences(shared.workload),
-        corpus=_sequences(shared.corpus),
+        sequences=sequences,
+        corpus=corpus,
+        batch_size=shared.workload.batch_size,
         warnings=warnings_about(
             [(course.workload, course.costs) for course in setting.courses.values()],
             setting.budget,

@@ -52,24 +52,26 @@ class Costs:
 
     # --- dense parts ---
 
-    def layer_ns(self, tokens: Rows, context_tokens: Rows) -> tuple[Ints, Ints]:
+    def layer_ns(self, tokens: Rows, context_tokens: Rows, attended_pairs: Rows | None = None) -> tuple[Ints, Ints]:
         """Kernels of an MoE layer's dense part, and the launch time they do not hide; any shape of arguments.
 
         Dense part: norms, attention, router and shared expert over `tokens` rows that attend to each other and to
         `context_tokens` cached ones. Attention under a block-causal mask is computed in full, as the published
-        code and PyTorch's masked kernels do.
+        code and PyTorch's masked kernels do. Rows of several sequences do not attend to each other: then
+        `attended_pairs` says how many pairs of a row and a token there are, see `Workload`.
         """
         model = self.model
         params = model.attention_params + model.router_params + model.shared_params
-        kernel_ns = _ns(self._layer_s(params, tokens, context_tokens))
+        kernel_ns = _ns(self._layer_s(params, tokens, context_tokens, attended_pairs))
         return kernel_ns, self._unhidden_ns(kernel_ns, self._launch_ns(self.execution.ops_per_layer))
 
-    def entry_ns(self, tokens: Rows, context_tokens: Rows) -> tuple[Ints, Ints]:
+    def entry_ns(self, tokens: Rows, context_tokens: Rows, attended_pairs: Rows | None = None) -> tuple[Ints, Ints]:
         """The same of what comes before the MoE layers: the embedding (rows read and written) and the dense layers."""
         model, num_dense = self.model, self.model.num_dense_layers
         params = model.attention_params + model.dense_mlp_params
         embedding_s = 2 * _wide(tokens) * model.hidden_bytes / self.hardware.device.bytes_per_s
-        kernel_ns = _ns(embedding_s + num_dense * self._layer_s(params, tokens, context_tokens))
+        layer_s = self._layer_s(params, tokens, context_tokens, attended_pairs)
+        kernel_ns = _ns(embedding_s + num_dense * layer_s)
         launch_ns = self._launch_ns(num_dense * self.execution.ops_per_dense_layer)
         return kernel_ns, self._unhidden_ns(kernel_ns, launch_ns)
 
@@ -131,7 +133,7 @@ class Costs:
 
     # --- how the figures come about ---
 
-    def _layer_s(self, params: int, tokens: Rows, context_tokens: Rows) -> Floats:
+    def _layer_s(self, params: int, tokens: Rows, context_tokens: Rows, attended_pairs: Rows | None) -> Floats:
         """Seconds of one layer whose weights are `params`: they and the cache are read once, at 2 bytes each.
 
         With a curve for the linear maps, attention comes on top of them by the roofline.
@@ -139,7 +141,8 @@ class Costs:
         model, device = self.model, self.hardware.device
         tokens, context_tokens = _wide(tokens), _wide(context_tokens)
         context_bytes = context_tokens * model.kv_bytes_per_token_layer
-        attention_flops = 4 * tokens * (context_tokens + tokens) * (model.num_heads * model.head_dim)
+        pairs = tokens * (context_tokens + tokens) if attended_pairs is None else _wide(attended_pairs)
+        attention_flops = 4 * pairs * (model.num_heads * model.head_dim)
         if device.dense_curve is not None:
             attention_s = _roofline_s(context_bytes, attention_flops, device.bytes_per_s, device.flops_per_s)
             return device.dense_curve.product_s(tokens, params) + attention_s

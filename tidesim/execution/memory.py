@@ -21,7 +21,7 @@ class DeviceMemory:
     experts : the slots of all layers, and scratch memory for experts that are forgotten after use; on a unified-memory
         machine every expert, as each is stored once (unless they live on a disk).
     non_experts : everything else that has weights.
-    kv_cache : keys and values of the longest sequence; 0 without a cache.
+    kv_cache : keys and values of the longest sequence, or of all sequences of a batch; 0 without a cache.
     transient : the larger of two peaks. Head: logits in bf16 and fp32 of every row that gets some, and fp32
         probabilities of a block. Experts: each routed row in and out and reordered in bf16, and weighted in fp32, as
         the published combine holds them at once.
@@ -48,10 +48,12 @@ def device_memory(
     max_tokens: int,
     reserve_bytes: int | None = None,
     scratch: int = 0,
+    batch_size: int = 1,
 ) -> DeviceMemory:
     """Bytes that a run needs on the device, with `budget` slots a layer (or one number for each layer).
 
-    `max_tokens` is the longest sequence: its prompt and what is generated. `scratch` experts fit into scratch memory.
+    `max_tokens` is the longest sequence: its prompt and what is generated; of `batch_size` sequences that run together
+    it is that of all of them, see `Workload`. `scratch` experts fit into scratch memory.
     `reserve_bytes` is by default the larger of 1.5 GiB and a tenth of the device's memory, the rule of the released
     TIDE code.
     """
@@ -61,8 +63,9 @@ def device_memory(
         slots = model.num_layers * model.num_experts
     else:
         slots = sum(per_layer(budget, model.num_layers, "budget")) + scratch
-    head_rows = max_tokens if execution.logits == "all" else model.block_length
-    head = model.vocab_size * (head_rows * (2 + 4) + model.block_length * 4)
+    block_rows = batch_size * model.block_length
+    head_rows = max_tokens if execution.logits == "all" else block_rows
+    head = model.vocab_size * (head_rows * (2 + 4) + block_rows * 4)
     experts = max_tokens * model.top_k * model.hidden_size * (3 * 2 + 4)
     return DeviceMemory(
         experts=slots * model.expert_bytes,
@@ -80,9 +83,10 @@ def largest_budget(
     max_tokens: int,
     reserve_bytes: int | None = None,
     scratch: int = 0,
+    batch_size: int = 1,
 ) -> int:
     """The largest budget, the same in all layers, whose run fits the device. Raise BudgetError if not even 0 fits."""
-    need = device_memory(model, hardware, execution, 0, max_tokens, reserve_bytes, scratch)
+    need = device_memory(model, hardware, execution, 0, max_tokens, reserve_bytes, scratch, batch_size)
     room = hardware.device.memory_bytes - need.total
     if room < 0:
         raise BudgetError(f"{_figures(model, hardware, need)}; not even a budget of 0 fits, a larger device is needed.")
@@ -99,6 +103,7 @@ def check_memory(
     max_tokens: int,
     reserve_bytes: int | None = None,
     scratch: int = 0,
+    batch_size: int = 1,
 ) -> DeviceMemory:
     """What `device_memory` says, if it fits.
 
@@ -106,9 +111,9 @@ def check_memory(
     the device's memory is exceeded, or the experts of all layers exceed the host's memory (where that is their home).
     """
     check_budgets(per_layer(budget, model.num_layers, "budget"), model.num_experts)
-    need = device_memory(model, hardware, execution, budget, max_tokens, reserve_bytes, scratch)
+    need = device_memory(model, hardware, execution, budget, max_tokens, reserve_bytes, scratch, batch_size)
     if need.total > hardware.device.memory_bytes:
-        largest = largest_budget(model, hardware, execution, max_tokens, reserve_bytes, scratch)
+        largest = largest_budget(model, hardware, execution, max_tokens, reserve_bytes, scratch, batch_size)
         raise BudgetError(
             f"{_figures(model, hardware, need)}; the largest budget that fits is {largest} experts a layer."
         )

@@ -205,7 +205,7 @@ class PaperClock:
     """Predicted time, added up: where the run is, and how long the link has something to do.
 
     What lies between two forwards is left out, and so is what the dense part of a layer attends to besides the
-    forward's own rows.
+    forward's own rows. The rows of a batch are taken for those of one sequence, which attend to each other.
 
     Attributes
     ----------

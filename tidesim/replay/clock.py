@@ -111,7 +111,7 @@ def _run_layer(
     moves = script if is_scripted else ruled.moves
     move, last = (script.first[at], script.first[at + 1]) if is_scripted else (0, 0)
 
-    observe(ruled, routing, here, at, layer)
+    observe(ruled, routing, here, ids, ends, rows, at, layer)
     if not fixed.is_background:
         if not is_scripted:
             last = refresh(ruled, routing, here, ids, forward, at, layer)

@@ -70,9 +70,10 @@ class Fixed(NamedTuple):
 def prices_of(workload: Workload, costs: Costs) -> Prices:
     """All that the forwards of `workload` may take."""
     call, first_call = _calls(workload, costs)
+    attention = (workload.tokens, workload.context_tokens, workload.attended_pairs)
     return Prices(
-        entry=_pairs(*costs.entry_ns(workload.tokens, workload.context_tokens)),
-        dense=_pairs(*costs.layer_ns(workload.tokens, workload.context_tokens)),
+        entry=_pairs(*costs.entry_ns(*attention)),
+        dense=_pairs(*costs.layer_ns(*attention)),
         head=_pairs(*costs.head_ns(workload.tokens, workload.logit_tokens)),
         alone=np.array([(0, 0), *map(costs.alone_ns, costs.loop_ns[1:].tolist())], np.int64),
         loop=costs.loop_ns,

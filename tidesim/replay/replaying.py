@@ -153,6 +153,5 @@ def is_contended(hardware: Hardware) -> bool:
 
 def is_compiled() -> bool:
     """Whether a run can begin at once; if not, the first one compiles what replays it."""
-    return bool(play.signatures) or bool(
-        play.stats.cache_path and any(Path(play.stats.cache_path).glob("clock.play-*.nbi"))
-    )
+    dispatcher: Any = play
+    return bool(dispatcher.signatures) or any(Path(dispatcher.stats.cache_path).glob("clock.play-*.nbi"))

@@ -25,7 +25,6 @@ class Routing(NamedTuple):
     first_group : where its groups do.
     experts : uint16 [P], most rows first, of equals the lower id. ascending : uint16 [P], the same by ids.
     group_end : int64 [G], where a group's experts end. group_rows : int32 [G], rows of each of them, falling.
-    counts : [F * L, E], rows of all experts.
     kind, step, is_first_block, tokens : as in `Workload`, [F].
     num_pairs : int64 [F], routed pairs of each layer.
     """
@@ -36,7 +35,6 @@ class Routing(NamedTuple):
     ascending: npt.NDArray[np.uint16]
     group_end: Ints
     group_rows: npt.NDArray[np.int32]
-    counts: npt.NDArray[np.int32]
     kind: npt.NDArray[np.uint8]
     step: npt.NDArray[np.int32]
     is_first_block: npt.NDArray[np.bool_]
@@ -60,7 +58,6 @@ def routing_of(workload: Workload) -> Routing:
         ascending=ascending,
         group_end=group_end,
         group_rows=group_rows,
-        counts=counts,
         kind=workload.kind,
         step=workload.step,
         is_first_block=workload.is_first_block,

@@ -110,11 +110,12 @@ def _begin(ruled: Any, layer: Whole, residents: Any) -> None:
 
 
 @inlined
-def observe(ruled: Any, routing: Any, here: Any, at: Whole, layer: Whole) -> None:
-    """The router of `layer` is done. `here` [E] are its residents, `at` is the layer's place among all of the run."""
+def observe(ruled: Any, routing: Any, here: Any, ids: Any, ends: Any, rows: Any, at: Whole, layer: Whole) -> None:
+    """The router of `layer` is done. `here` [E] are its residents, `ids` who has rows, in groups that end at `ends`
+    with `rows` each; `at` is the layer's place among all of the run."""
     E = len(here)
     if ruled.code == HOTTEST_FOR_COLDEST:
-        _add(ruled.total[layer * E : layer * E + E], routing.counts[at])
+        _add(ruled.total[layer * E : layer * E + E], ids, ends, rows, routing.first[at])
     elif ruled.code == LEAST_RECENT:
         _use_residents(
             ruled.older[layer], ruled.newer[layer], here, routing.ascending[routing.first[at] : routing.first[at + 1]]
@@ -146,11 +147,15 @@ def serve(ruled: Any, routing: Any, here: Any, begin: Whole, end: Whole, layer: 
     return num_moves
 
 
-@compiled
-def _add(total: Any, counts: Any) -> None:
-    """Count the rows of each expert; all of them, as the compiler makes vectors of that."""
-    for expert in range(len(counts)):
-        total[expert] += counts[expert]
+@inlined
+def _add(total: Any, ids: Any, ends: Any, rows: Any, begin: Whole) -> None:
+    """Count the rows of each expert."""
+    first = 0
+    for group in range(len(ends)):
+        stop = ends[group] - begin
+        for pair in range(first, stop):
+            total[ids[np.uint64(pair)]] += rows[group]
+        first = stop
 
 
 # --- by last use ---

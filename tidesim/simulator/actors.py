@@ -66,12 +66,14 @@ class Run:
     def walk_forwards(self) -> Story:
         """Every forward: embedding and dense layers, each MoE layer in turn, lm_head and sampling."""
         workload, costs = self.workload, self.costs
-        entry_ns = _per_forward(costs.entry_ns(workload.tokens, workload.context_tokens))
-        dense_ns = _per_forward(costs.layer_ns(workload.tokens, workload.context_tokens))
+        rows = (workload.tokens, workload.context_tokens, workload.attended_pairs)
+        entry_ns, dense_ns = _per_forward(costs.entry_ns(*rows)), _per_forward(costs.layer_ns(*rows))
         head_ns = _per_forward(costs.head_ns(workload.tokens, workload.logit_tokens))
         for forward in forwards_of(workload):
             index = forward.index
-            routed = Routed(workload.counts[index], forward.tokens, costs)
+            # Mapped counts are narrower, and policies calculate with them.
+            counts = workload.counts[index].astype(np.int32, copy=False)
+            routed = Routed(counts, forward.tokens, costs)
             yield from self.compute("entry", "dense", entry_ns[index], index, None)
             for layer in range(workload.num_layers):
                 yield from self.compute("dense", "dense", dense_ns[index], index, layer)

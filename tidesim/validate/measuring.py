@@ -208,8 +208,13 @@ def predict(
     """What the simulator says of a choice on this routing if the machine is as `hardware` says, and what it decides.
 
     A policy that decides by predicted times takes them from the choice's own profile, if it has one, as the engine
-    does.
+    does. Raise InputError if sequences run together, as no engine of ours can be measured at that.
     """
+    if workload.batch_size > 1:
+        raise InputError(
+            f"batch_size(={workload.batch_size}) must be 1 for a run that is measured: the live engine runs one "
+            "sequence after the other; simulate batches with `tidesim simulate --batch`."
+        )
     decisions: list[Decision] = []
     result = simulate(
         workload,
