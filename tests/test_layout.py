@@ -22,7 +22,7 @@ RANKS = (
     ("trace", "policies"),
     ("statistics", "synthesize", "simulator", "ceiling"),
     ("planner",),
-    ("comparison",),
+    ("comparison", "study"),
     ("engine", "report", "console"),
     ("validate",),
     ("cli",),
@@ -30,6 +30,7 @@ RANKS = (
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 ONLY_USER = {"yaml": "hardware", "h5py": "trace", "simpy": "simulator", "pulp": "planner", "torch": "engine"}
+ONLY_USER |= {"pandas": "study", "dask": "study", "distributed": "study"}
 # Lazy on purpose: the commands that run the network import it inside.
 LAZY = {("cli", "torch"), ("cli", "engine"), ("cli", "validate")}
 

@@ -2,8 +2,9 @@
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -53,12 +54,42 @@ class Workers(Generic[Setting]):
             return (work(self.setting, case) for case in cases)
         return self._pool.map(_run, ((work, case) for case in cases))
 
+    def as_done(self, work: Callable[[Setting, Case], Outcome], cases: Iterable[Case]) -> Iterator[Outcome]:
+        """`work(setting, case)` for each case as they are done, in any order. `work` must be a function of a module.
+
+        Cases are taken from the iterable no sooner than they are needed, so that it may prepare them.
+        """
+        if self._pool is None:
+            yield from (work(self.setting, case) for case in cases)
+            return
+        running: set[Future[Outcome]] = set()
+        for case in cases:
+            running.add(self._pool.submit(_run, (work, case)))
+            if len(running) >= _UNDER_WAY * self._num_workers:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+
+
+# Cases that are with the pool for each process: the one it works on, and enough that it never waits for the next.
+_UNDER_WAY = 4
 
 _setting: list[Any] = []
 
 
 def _begin(setting: object) -> None:
     _setting.append(setting)
+    # A process that waits for cases does not notice that who should send them was killed, and would wait for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(order: tuple[Callable[[Any, Any], Any], Any]) -> Any:
