@@ -9,7 +9,7 @@ pandas tables with the columns `COLUMNS`, a row for each case with everything th
 from tidesim.study.case import Case, Machine, Rules, TraceSource
 from tidesim.study.columns import COLUMNS, STATUSES, Column
 from tidesim.study.grid import Study
-from tidesim.study.questions import best, pareto, sensitivity
+from tidesim.study.questions import best, pareto, sensitivity, summary
 from tidesim.study.reading import KEYS
 from tidesim.study.running import run_study
 from tidesim.study.store import read_results
@@ -29,4 +29,5 @@ __all__ = [
     "read_results",
     "run_study",
     "sensitivity",
+    "summary",
 ]

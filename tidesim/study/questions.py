@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import log
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidesim.errors import InputError, nearest_name
 from tidesim.study.columns import FIGURE, SETTINGS
+from tidesim.study.store import CSV, PARQUET
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,6 +71,40 @@ def sensitivity(results: "pd.DataFrame", field: str | None = None) -> "pd.DataFr
     kept = [name for name in results.columns if name in {column.name for column in SETTINGS}] + varied
     named = ["field", "from_value", "to_value", "from_tok_per_s", "to_tok_per_s", "change", "elasticity"]
     return pd.DataFrame(steps, columns=[*kept, *named])
+
+
+def summary(results: "pd.DataFrame", out: str | Path) -> dict[str, Any]:
+    """What `tidesim sweep` reports of the rows in the folder `out`, as plain data.
+
+    Where they are, how many went how, who is best on each machine and what memory buys there. Rows of one machine are
+    rivals; rows of other traces, or of other sizes, answer other questions and are kept apart.
+    """
+    asks = [name for name in ("trace", "model", "weight_bits") if results[name].nunique() > 1]
+    varied = ["execution", "policy", "params", "batch_size", *asks]
+    failed = results[results["status"] == "failed"]
+    traces = results.drop_duplicates("trace")
+    return {
+        "out": str(out),
+        "csv": str(Path(out) / CSV),
+        "parquet": str(Path(out) / PARQUET),
+        "num_rows": len(results),
+        "infeasible": int((results["status"] == "infeasible").sum()),
+        "failed": len(failed),
+        "failure": f"{failed['reason'].iloc[0]} (case {failed['case'].iloc[0]})" if len(failed) else None,
+        "traces": dict(zip(traces["trace"], traces["trace_origin"], strict=True)),
+        "models": [*results["model"].unique()],
+        "seed": int(results["seed"].iloc[0]),
+        "version": str(results["version"].iloc[0]),
+        "varied": [name for name in varied if results[name].nunique() > 1],
+        "best": _plain(best(results, ["machine", *asks])),
+        "pareto": _plain(pareto(results, ["machine", *asks])),
+    }
+
+
+def _plain(results: "pd.DataFrame") -> list[dict[str, Any]]:
+    """The rows as plain data, None where a cell is empty."""
+    rows: list[dict[str, Any]] = results.astype(object).where(results.notna(), None).to_dict("records")
+    return rows
 
 
 def _ran(results: "pd.DataFrame") -> "pd.DataFrame":

@@ -12,9 +12,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tidesim.errors import InputError
 from tidesim.result import tool_version
@@ -49,10 +51,12 @@ class Store:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             _check_folder(self.out, self.study)
-            self._log = self._opened_log()
-            self._read_log()
-            if not (self.out / STUDY).exists():
-                _replace(self.out / STUDY, lambda path: path.write_text(_document(self.study), encoding="utf-8"))
+            with ExitStack() as stack:
+                self._log = stack.enter_context(_opened_log(self.out))
+                self._read_log()
+                if not (self.out / STUDY).exists():
+                    _replace(self.out / STUDY, lambda path: path.write_text(_document(self.study), encoding="utf-8"))
+                stack.pop_all()
         except OSError as error:
             raise InputError(f"{self.out}: cannot be written ({error.strerror}); name another --out.") from None
         self._written_at = time.monotonic()
@@ -69,13 +73,10 @@ class Store:
 
     def append(self, row: Row) -> None:
         """Keep a row. Raise InputError if it cannot be written; the rows before stay, and the sweep can go on later."""
-        try:
-            self._log.write(json.dumps(row).encode() + b"\n")
-            self._log.flush()
-        except OSError as error:
-            raise InputError(
-                f"{self.out / LOG}: cannot be written ({error.strerror}); mend that, and the same command goes on."
-            ) from None
+        with _writing(self.out / LOG):
+            left = memoryview(json.dumps(row).encode() + b"\n")
+            while left:
+                left = left[self._log.write(left) :]
         self._rows[str(row["case"])] = row
         if time.monotonic() - self._written_at > max(_LEAST_S, self._patience_s):
             self.write_tables()
@@ -88,22 +89,14 @@ class Store:
     def write_tables(self) -> None:
         """Replace both tables by the rows so far. A reader finds the old one or the new one, never a part."""
         began = time.monotonic()
-        os.fsync(self._log.fileno())
         table = self.frame()
-        _replace(self.out / CSV, lambda path: table.to_csv(path, index=False, lineterminator="\n"))
-        _replace(self.out / PARQUET, lambda path: table.to_parquet(path, index=False))
+        with _writing(self.out / CSV):
+            os.fsync(self._log.fileno())
+            _replace(self.out / CSV, lambda path: table.to_csv(path, index=False, lineterminator="\n"))
+        with _writing(self.out / PARQUET):
+            _replace(self.out / PARQUET, lambda path: table.to_parquet(path, index=False))
         self._written_at = time.monotonic()
         self._patience_s = _PATIENCE * (self._written_at - began)
-
-    def _opened_log(self) -> BinaryIO:
-        log = (self.out / LOG).open("a+b")
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.close()
-                raise InputError(f"{self.out}: another sweep is writing there; wait, or name another --out.") from None
-        return log
 
     def _read_log(self) -> None:
         """Read the rows of whole lines and cut off what is behind them."""
@@ -139,6 +132,19 @@ def read_results(out: str | Path) -> "pd.DataFrame":
         raise InputError(f"{path}: cannot be read as the results of a sweep ({error}).") from None
 
 
+def _opened_log(out: Path) -> FileIO:
+    """The log, locked, created if it is not there."""
+    # Without a buffer: what could not be written must not be written later, behind what the next process wrote.
+    log = (out / LOG).open("a+b", buffering=0)
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.close()
+            raise InputError(f"{out}: another sweep is writing there; wait, or name another --out.") from None
+    return log
+
+
 def _check_folder(out: Path, study: Study) -> None:
     """Refuse a folder with anything but rows of this very study."""
     if not (out / STUDY).exists():
@@ -171,6 +177,17 @@ def _difference(there: dict[str, Any], study: Study) -> str:
 def _short(values: object) -> str:
     text = ", ".join(map(str, values)) if isinstance(values, list) else "nothing"
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say what cannot be written, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); mend that, and the same command goes on."
+        ) from None
 
 
 def _document(study: Study) -> str:
