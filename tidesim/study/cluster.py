@@ -35,12 +35,12 @@ def rows_on_cluster(address: str, cases: Sequence[Case], figures: Sequence[str])
             return client.submit(_hold, make_known(routing), pure=False)
 
         running: dict[Any, Case] = {}
-        finished = as_completed()
+        finished = as_completed(loop=client.loop)
         for case, known, refusal in prepared(cases, hold):
             if known is None:
                 yield infeasible(case, figures, refusal)
                 continue
-            future = client.submit(_score, case, known, tuple(figures), pure=False)
+            future = client.submit(_score, case, known, tuple(figures), tool_version(), pure=False)
             running[future] = case
             finished.add(future)
             if len(running) >= _UNDER_WAY:
@@ -55,11 +55,10 @@ def _hold(known: Known) -> Known:
     return known
 
 
-def _score(case: Case, known: Known, figures: Sequence[str]) -> Row:
-    """On a worker: run the case."""
-    wanted = case.settings()["version"]
-    if tool_version() != wanted:
-        raise InputError(f"{socket.gethostname()} has tidesim {tool_version()}, and the study is run by {wanted}")
+def _score(case: Case, known: Known, figures: Sequence[str], version: str) -> Row:
+    """On a worker: run the case, if it would be run alike where `version` of tidesim asks."""
+    if tool_version() != version:
+        raise InputError(f"{socket.gethostname()} has tidesim {tool_version()}, and the study is run by {version}")
     return score(case, known, figures)
 
 
@@ -67,12 +66,13 @@ def _row(future: Any, case: Case, figures: Sequence[str], address: str) -> Row:
     """The row of a case that is done, or given up because every worker that tried it died."""
     from distributed import KilledWorker
 
-    if future.status == "finished":
+    # A row that was lost with its worker is on its way again, and this waits for it.
+    error = future.exception()
+    if error is None:
         row: Row = future.result()
         return row
     if future.cancelled():
         raise InputError(f"{address}: the scheduler has forgotten a case; the same command goes on where it was.")
-    error = future.exception()
     if isinstance(error, KilledWorker):
         return failed(case, figures, error)
     raise InputError(

@@ -128,13 +128,7 @@ def _policy(case: Case, known: Known) -> Policy:
     params: dict[str, Scalar] = dict(case.params)
     if case.refresh_interval is not None:
         params["refresh_interval"] = case.refresh_interval
-    try:
-        return Knowledge(workload=known.workload, corpus=known.corpus).make(case.policy, params)
-    except InputError:
-        raise
-    except ValueError as error:
-        # A parameter out of range: the policy says so, in words that the user can act on.
-        raise InputError(f"policy {case.policy!r}: {error}") from None
+    return Knowledge(workload=known.workload, corpus=known.corpus).make(case.policy, params)
 
 
 def _budget(case: Case, known: Known, policy: Policy) -> int:
