@@ -5,6 +5,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from study_cases import content, save, small_trace, study
 
 from tidesim.errors import InputError
 from tidesim.study import Study, run_study
+from tidesim.study.cluster import _row
 
 distributed = pytest.importorskip("distributed")
 
@@ -89,6 +91,21 @@ def test_a_stopped_sweep_goes_on_elsewhere(trace: Path, tmp_path: Path, cluster)
     pd.testing.assert_frame_equal(there, run_study(asked, tmp_path / "here", workers=1))
     again = run_study(asked, tmp_path / "out", scheduler="tcp://127.0.0.1:1")
     pd.testing.assert_frame_equal(again, there)
+
+
+def test_a_case_that_kills_its_workers_fails_alone(trace: Path) -> None:
+    case = study(trace).cases[0]
+
+    class GivenUp:
+        def exception(self) -> Exception:
+            return distributed.KilledWorker("score", SimpleNamespace(address="tcp://there"), 3)
+
+        def cancelled(self) -> bool:
+            return False
+
+    row = _row(GivenUp(), case, (), "tcp://there")
+    assert (row["case"], row["status"]) == (case.key, "failed")
+    assert str(row["reason"]).startswith("KilledWorker: ")
 
 
 def test_a_scheduler_without_workers_is_told(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,12 @@ def test_one_failing_case_does_not_end_a_study(trace: Path, tmp_path: Path, monk
     results = run_study(study(trace, budgets=[2]), tmp_path, workers=1)
     assert [*results["status"]] == ["failed", "ok", "ok", "ok"]
     assert results["reason"][0] == "ZeroDivisionError: no such luck"
+    monkeypatch.undo()
+    done: list[tuple[int, int]] = []
+    again = run_study(study(trace, budgets=[2]), tmp_path, workers=1, progress=lambda *told: done.append(told))
+    assert done == [(0, 1), (1, 1)]
+    assert {*again["status"]} == {"ok"}
+    pd.testing.assert_frame_equal(again, run_study(study(trace, budgets=[2]), tmp_path / "anew", workers=1))
 
 
 # --- whoever runs it ---

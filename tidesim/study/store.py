@@ -5,7 +5,7 @@
     results.csv, results.parquet   the rows so far in the order of the grid; replaced as a whole now and then
 
 A line of the log is whole when it ends. What a killed process left of its last one is cut off, and that case is run
-again. A lock on the log keeps a second sweep from the same folder; the system frees it however a process ends.
+again, as one that failed is; of two rows of a case the later one holds. A lock on the log keeps a second sweep from the same folder; the system frees it however a process ends.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tidesim.errors import InputError
 from tidesim.result import tool_version
-from tidesim.study.columns import Row, frame
+from tidesim.study.columns import STATUSES, Row, frame
 from tidesim.study.grid import Study
 
 if sys.platform != "win32":
@@ -69,7 +69,8 @@ class Store:
             self._log.close()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._rows
+        """Whether a case is done; one that failed is not, as that may have been for lack of memory."""
+        return key in self._rows and self._rows[key]["status"] != "failed"
 
     def append(self, row: Row) -> None:
         """Keep a row. Raise InputError if it cannot be written; the rows before stay, and the sweep can go on later."""
@@ -108,14 +109,14 @@ class Store:
         for number, line in enumerate(held[:end].splitlines(), start=1):
             try:
                 row = json.loads(line)
-                if row["case"] not in keys:
+                if row["case"] not in keys or row["status"] not in STATUSES:
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise InputError(
                     f"{self.out / LOG}: line {number} is no row of this study; remove the line, and its case is run "
                     "again."
                 ) from None
-            self._rows.setdefault(row["case"], row)
+            self._rows[row["case"]] = row
 
 
 def read_results(out: str | Path) -> "pd.DataFrame":
