@@ -30,8 +30,9 @@ def run_study(
 ) -> "pd.DataFrame":
     """Run the cases of `study` that have no row in the folder `out` yet, and give all rows in the order of the grid.
 
-    A case that does not fit, or goes wrong, has a row that says so; those that went wrong are run again next time. The rows do not depend on who ran them, so a sweep
-    that was stopped may go on with other workers. `out` can be read meanwhile, see `read_results`.
+    A case that does not fit, or goes wrong, has a row that says so; those that went wrong are run again next time. The
+    rows do not depend on who ran them, so a sweep that was stopped may go on with other workers. `out` can be read
+    meanwhile, see `read_results`.
 
     Parameters
     ----------

@@ -5,7 +5,8 @@
     results.csv, results.parquet   the rows so far in the order of the grid; replaced as a whole now and then
 
 A line of the log is whole when it ends. What a killed process left of its last one is cut off, and that case is run
-again, as one that failed is; of two rows of a case the later one holds. A lock on the log keeps a second sweep from the same folder; the system frees it however a process ends.
+again, as one that failed is; of two rows of a case the later one holds. A lock on the log keeps a second sweep from the
+same folder; the system frees it however a process ends.
 """
 
 import json
