@@ -24,7 +24,7 @@ RANKS = (
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
     ("timing",),
     ("planner",),
-    ("comparison",),
+    ("comparison", "study"),
     ("engine", "report", "console"),
     ("validate",),
     ("cli",),
@@ -32,6 +32,7 @@ RANKS = (
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 ONLY_USER = {"yaml": "hardware", "h5py": "trace", "simpy": "simulator", "pulp": "planner", "torch": "engine"}
+ONLY_USER |= {"pandas": "study", "dask": "study", "distributed": "study"}
 # Lazy on purpose: the commands that run the network import it inside.
 LAZY = {("cli", "torch"), ("cli", "engine"), ("cli", "validate")}
 

@@ -11,6 +11,7 @@ from tidesim.residency import Moves, Placement
 from tidesim.result import RunResult
 from tidesim.simulator import simulate
 from tidesim.statistics import trace_statistics
+from tidesim.study import Study, read_results, run_study
 from tidesim.trace import Trace, TraceWriter, Workload
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Policy",
     "RunResult",
     "Serving",
+    "Study",
     "TidesimError",
     "Trace",
     "TraceWriter",
@@ -35,6 +37,8 @@ __all__ = [
     "load_moe_config",
     "plan",
     "policy",
+    "read_results",
+    "run_study",
     "simulate",
     "trace_statistics",
 ]

@@ -391,6 +391,46 @@ def _tide(tide: Document) -> str:
     return f"refresh every {tide['interval']} steps at budget {tide['budget']} (drift d = {fit['drift']:.3f} a step)"
 
 
+# --- studies ---
+
+
+def sweep_tables(document: Document) -> RenderableType:
+    """A study: how many cases went how, who is fastest on each machine, and what more memory buys there."""
+    facts = {
+        "traces": ", ".join(f"{name} ({origin})" for name, origin in document["traces"].items()),
+        "sizes of": ", ".join(document["models"]),
+        "results": f"{document['csv']} and results.parquet beside it",
+        "cases": f"{document['num_rows']}: {document['infeasible']} infeasible, {document['failed']} failed",
+    }
+    front = document["pareto"]
+    tables = [
+        _sweep_table("Fastest on each machine", document["best"], document["varied"]),
+        _sweep_table("Fastest for their memory: none is as fast with less", front[:_MOST_ROWS], document["varied"]),
+    ]
+    more = [f"{len(front) - _MOST_ROWS} more rows: tidesim.study.pareto gives all."] if len(front) > _MOST_ROWS else []
+    return Group(_facts("Study", facts), *tables, *more)
+
+
+_MOST_ROWS = 40
+
+
+def _sweep_table(title: str, rows: Sequence[Document], varied: Sequence[str]) -> Table:
+    """Rows of a study, with those settings that it varies."""
+    right = ("refresh", "budget", "tok/s", "hits", "device GiB")
+    table = _table(title, left=("machine", *(name.replace("_", " ") for name in varied)), right=right)
+    for row in rows:
+        table.add_row(
+            row["machine"],
+            *(str(row[name]) for name in varied),
+            "-" if row["refresh_interval"] is None else str(row["refresh_interval"]),
+            str(row["budget"]),
+            f"{row['tok_per_s']:.2f}",
+            f"{100 * row['hit_rate']:.1f} %",
+            f"{row['device_memory_bytes'] / GIB:.2f}",
+        )
+    return table
+
+
 # --- measured against predicted ---
 
 

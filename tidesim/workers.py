@@ -2,16 +2,18 @@
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 # Called with how many cases are done, and how many are known to be needed so far.
 Progress = Callable[[int, int], None]
 
-_AHEAD = 4  # cases a process that are begun before their outcomes are asked for
+# Cases that are with the pool for each process: the one it works on, and enough that it never waits for the next.
+_UNDER_WAY = 4
 
 Setting = TypeVar("Setting")
 Case = TypeVar("Case")
@@ -59,13 +61,31 @@ class Workers(Generic[Setting]):
         if pool is None:
             yield from (work(self.setting, case) for case in cases)
             return
-        begun: deque[Future[Outcome]] = deque()
+        waiting: deque[Future[Outcome]] = deque()
         for case in cases:
-            begun.append(pool.submit(_run, (work, case)))
-            if len(begun) >= _AHEAD * self._num_workers:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+            waiting.append(pool.submit(_run, (work, case)))
+            if len(waiting) >= _UNDER_WAY * self._num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def as_done(self, work: Callable[[Setting, Case], Outcome], cases: Iterable[Case]) -> Iterator[Outcome]:
+        """`work(setting, case)` for each case as they are done, in any order. `work` must be a function of a module.
+
+        Cases are taken from the iterable no sooner than they are needed, so that it may prepare them.
+        """
+        if self._pool is None:
+            yield from (work(self.setting, case) for case in cases)
+            return
+        running: set[Future[Outcome]] = set()
+        for case in cases:
+            running.add(self._pool.submit(_run, (work, case)))
+            if len(running) >= _UNDER_WAY * self._num_workers:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
 
 
 _setting: list[Any] = []
@@ -73,6 +93,15 @@ _setting: list[Any] = []
 
 def _begin(setting: object) -> None:
     _setting.append(setting)
+    # A process that waits for cases does not notice that who should send them was killed, and would wait for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(order: tuple[Callable[[Any, Any], Any], Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tidesim.errors import ProfileError
+from tidesim.errors import InputError, ProfileError
 from tidesim.hardware.keys import (
     COPY_NAMES,
     CURVE_KEYS,
@@ -30,17 +30,20 @@ from tidesim.hardware.keys import (
 )
 
 
-def read_yaml(path: Path) -> tuple[object, list[str]]:
-    """What the file holds, and a problem for each key that stands twice (YAML itself would keep the last)."""
+def read_yaml(path: Path, error: type[InputError] = ProfileError) -> tuple[object, list[str]]:
+    """What the file holds, and a problem for each key that stands twice (YAML itself would keep the last).
+
+    Raise `error` if it cannot be read or is no YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         duplicates = list(_duplicates(root, "$", set()))
         return yaml.safe_load(text), duplicates
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ProfileError(f"{path}: is not valid YAML ({_yaml_reason(error)}).") from None
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror}).") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as reason:
+        raise error(f"{path}: is not valid YAML ({_yaml_reason(reason)}).") from None
 
 
 def _yaml_reason(error: Exception) -> str:

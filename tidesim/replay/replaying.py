@@ -21,6 +21,8 @@ from tidesim.replay.script import Decisions, decide
 from tidesim.result import RunResult
 from tidesim.workload import Workload
 
+_KEPT_DECISIONS = 16  # a long workload's take tens of megabytes
+
 
 def replay(
     workload: Workload,
@@ -63,7 +65,7 @@ class Replayer:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         self._routing: Routing = routing_of(workload)
-        # By policy object, which is kept alive so that nobody else gets its identity.
+        # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
 
     def run(
@@ -108,6 +110,8 @@ class Replayer:
         decisions = decide(self.workload, policy, paper.shape, is_background=is_background)
         if policy.is_routing_only:
             self._decided[key] = (policy, decisions)
+            if len(self._decided) > _KEPT_DECISIONS:
+                del self._decided[next(iter(self._decided))]
         return decisions
 
     def _timed(self, decisions: Decisions, paper: PaperRun) -> Mapping[str, Any]:
