@@ -95,7 +95,7 @@ def test_one_failing_case_does_not_end_a_study(trace: Path, tmp_path: Path, monk
             raise ZeroDivisionError("no such luck")
         return simulate(workload, model, hardware, policy, **rest)
 
-    monkeypatch.setattr(scoring_module, "simulate", broken)
+    monkeypatch.setattr(scoring_module, "timed", broken)
     results = run_study(study(trace, budgets=[2]), tmp_path, workers=1)
     assert [*results["status"]] == ["failed", "ok", "ok", "ok"]
     assert results["reason"][0] == "ZeroDivisionError: no such luck"
@@ -156,7 +156,7 @@ def test_shared_counts_are_those_of_the_trace_and_go_away(trace: Path, tmp_path:
 def test_a_finished_study_is_not_run_again(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = study(trace)
     first = run_study(asked, tmp_path, workers=1)
-    monkeypatch.setattr(scoring_module, "simulate", None)
+    monkeypatch.setattr(scoring_module, "timed", None)
     pd.testing.assert_frame_equal(run_study(study(trace), tmp_path, workers=1), first)
 
 

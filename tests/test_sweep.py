@@ -64,7 +64,7 @@ def test_failed_cases_end_the_command_with_1_and_are_told(
             raise ZeroDivisionError("no such luck")
         return simulate(workload, model, hardware, policy, **rest)
 
-    monkeypatch.setattr(scoring_module, "simulate", broken)
+    monkeypatch.setattr(scoring_module, "timed", broken)
     code, printed, err = run("sweep", file, "--out", tmp_path / "out", "--workers", 1, "--json")
     assert code == 1
     assert json.loads(printed)["failed"] == 9
