@@ -71,6 +71,15 @@ def test_simulate_reports_every_key_and_parts_that_add_up(run: Run, base: tuple[
     assert (result["budget"], result["refresh_interval"]) == (64, 4)
 
 
+def test_the_replay_says_what_the_simulator_says(base: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    asked = (*base, "--policy", "tide", "--budget", 16, "--json")
+    code, out, _ = run(*asked, "--engine", "replay")
+    assert code == 0
+    assert json.loads(out) == json.loads(run(*asked)[1])
+    code, _, err = run(*asked, "--engine", "replay", "--timeline", tmp_path / "t.json")
+    assert (code, "come from the event simulator; leave out --engine replay" in err) == (2, True)
+
+
 def test_the_origin_of_the_trace_is_always_shown(run: Run, base: tuple[str, ...]) -> None:
     code, out, _ = run("simulate", "--hardware", "rtx4090", "--policy", "static", "--budget", 16)
     assert code == 0

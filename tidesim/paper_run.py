@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tidesim.errors import InputError
 from tidesim.execution import Costs, Execution, check_memory
 from tidesim.hardware import Hardware
@@ -16,7 +18,7 @@ from tidesim.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperRun:
-    """What is run, with what, and on what; for the parameters see `simulator.simulate`.
+    """What is run, with what, and on what; for the parameters see `simulator.simulate`. Counts are checked apart.
 
     Attributes
     ----------
@@ -80,6 +82,16 @@ class PaperRun:
         )
 
 
+def check_counts(workload: Workload) -> None:
+    """Raise InputError if the counts of `workload` do not fit its tokens and top-k, or there are none."""
+    if not workload.num_forwards:
+        raise InputError("the workload has no forward; record at least one sequence.")
+    num_rows = workload.tokens[:, None]
+    num_pairs = workload.counts.sum(axis=2, dtype=np.int64)
+    if (num_pairs != num_rows * workload.top_k).any() or (workload.counts.max(axis=2) > num_rows).any():
+        raise InputError("the counts of the workload do not fit its tokens and top-k; build it with Trace.workload().")
+
+
 def copied(costs: Costs, num_in: int, num_out: int) -> dict[str, int]:
     """Copies and bytes of `num_in` experts that come to the device, and `num_out` that leave it."""
     copies_of = ((num_in, costs.promote_bytes), (num_out, costs.evict_bytes))
@@ -92,8 +104,6 @@ def copied(costs: Costs, num_in: int, num_out: int) -> dict[str, int]:
 
 
 def _check_fit(workload: Workload, model: MoEConfig, execution: Execution) -> None:
-    if not workload.num_forwards:
-        raise InputError("the workload has no forward; record at least one sequence.")
     if (workload.num_experts, workload.top_k) != (model.num_experts, model.top_k):
         raise InputError(
             f"the workload routes to {workload.top_k} of {workload.num_experts} experts, {model.name} to {model.top_k} "
@@ -104,9 +114,6 @@ def _check_fit(workload: Workload, model: MoEConfig, execution: Execution) -> No
             f"the workload has {workload.num_layers} MoE layers and {model.name} has {model.num_layers}; "
             f"use workload.tiled({model.num_layers})."
         )
-    num_rows = workload.tokens[:, None]
-    if (workload.counts.sum(axis=2) != num_rows * model.top_k).any() or (workload.counts.max(axis=2) > num_rows).any():
-        raise InputError("the counts of the workload do not fit its tokens and top-k; build it with Trace.workload().")
     if workload.context != execution.context:
         raise InputError(
             f"execution {execution.name!r} {'keeps a' if execution.kv_cache else 'has no'} KV cache; "

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tidesim import console, replay
 from tidesim.errors import InputError
 from tidesim.execution import EXECUTIONS, GIB, Execution, execution
 from tidesim.policies import Policy, parameters_of
@@ -33,6 +34,13 @@ class ContextChoice(StrEnum):
 
     BLOCK = "block"
     FULL = "full"
+
+
+class EngineChoice(StrEnum):
+    """Who times a run on paper."""
+
+    SIMPY = "simpy"
+    REPLAY = "replay"
 
 
 class Dtype(StrEnum):
@@ -68,6 +76,12 @@ BudgetOption = Annotated[
     str | None,
     typer.Option(
         "--budget", help="Experts a layer on the device: a number, or one per layer (8,16,...). Default: what fits."
+    ),
+]
+EngineOption = Annotated[
+    EngineChoice,
+    typer.Option(
+        "--engine", help="simpy: every event, with timeline and decisions; replay: compiled, the same result sooner."
     ),
 ]
 BatchOption = Annotated[
@@ -168,3 +182,10 @@ def decisions_file(path: Path | None) -> Iterator[Any]:
             file.write(decision.to_json() + "\n")
 
         yield write
+
+
+def ready_replay() -> None:
+    """Compile the replay before it is needed, and say so, unless a run before has done it on this machine."""
+    if not replay.is_compiled():
+        console.note("compiling the replay, once on this machine: this takes some twenty seconds")
+        replay.compile_now()

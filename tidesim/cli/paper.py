@@ -6,13 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from tidesim import console
+from tidesim import console, replay
 from tidesim.cli.app import (
     DEFAULT_TRACE,
     BatchOption,
     BudgetOption,
     ContextOption,
     DecisionsOption,
+    EngineChoice,
+    EngineOption,
     ExecutionOption,
     HardwareOption,
     IgnoreMemoryFlag,
@@ -32,10 +34,12 @@ from tidesim.cli.app import (
     chosen_policy,
     decisions_file,
     numbers,
+    ready_replay,
     reserve_bytes,
 )
 from tidesim.comparison import OWN_EXECUTIONS
 from tidesim.comparison import compare as run_comparison
+from tidesim.errors import InputError
 from tidesim.execution import Execution, execution, largest_budget
 from tidesim.hardware import Hardware, load_hardware
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
@@ -115,6 +119,7 @@ def simulate(
     execution_name: ExecutionOption = "overlapped",
     context: ContextOption = None,
     batch: BatchOption = 1,
+    engine: EngineOption = EngineChoice.SIMPY,
     weight_bits: WeightBitsOption = 16,
     reserve_gib: ReserveOption = None,
     ignore_memory: IgnoreMemoryFlag = False,
@@ -124,6 +129,8 @@ def simulate(
     as_json: JsonFlag = False,
 ) -> None:
     """Replay a trace under one placement policy on one machine and say how long it takes, and why."""
+    if engine is EngineChoice.REPLAY and (timeline is not None or decisions is not None):
+        raise InputError("--timeline and --decisions come from the event simulator; leave out --engine replay.")
     machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
     with Trace.open(trace_name) as opened:
         sizes = _sizes(opened, model, weight_bits)
@@ -138,21 +145,17 @@ def simulate(
         slots: int | list[int] = _default_budget(made, sizes, machine, how, workload, reserve)
     else:
         slots = numbers(budget, "budget")
+    settings: dict[str, Any] = {"budget": slots, "execution": how, "seed": seed, "reserve_bytes": reserve}
+    settings["is_memory_checked"] = not ignore_memory
     intervals: list[Interval] | None = None if timeline is None else []
-    with decisions_file(decisions) as write_decision:
-        result = run_simulation(
-            workload,
-            sizes,
-            machine,
-            made,
-            budget=slots,
-            execution=how,
-            seed=seed,
-            decisions=write_decision,
-            timeline=intervals,
-            reserve_bytes=reserve,
-            is_memory_checked=not ignore_memory,
-        )
+    if engine is EngineChoice.REPLAY:
+        ready_replay()
+        result = replay.Replayer(workload).run(sizes, machine, made, **settings)
+    else:
+        with decisions_file(decisions) as write_decision:
+            result = run_simulation(
+                workload, sizes, machine, made, **settings, decisions=write_decision, timeline=intervals
+            )
     if timeline is not None and intervals is not None:
         save_timeline(intervals, result, timeline)
     console.show(result.to_dict(), console.result_tables, as_json)
@@ -177,6 +180,7 @@ def plan(
 ) -> None:
     """Find the refresh interval and the expert budget that generate fastest on a machine."""
     machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
+    ready_replay()
     with Trace.open(trace_name) as opened, console.progress("planning") as advance:
         report = make_plan(
             opened,
@@ -240,6 +244,7 @@ def compare(
         together = workload.batched(batch)
         most = (together.max_tokens, reserve)
         budget = min(largest_budget(sizes, machine, one, *most, batch_size=together.batch_size) for one in hows)
+    ready_replay()
     with console.progress("comparing") as advance:
         comparison = run_comparison(
             workload,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tidesim import console
-from tidesim.cli.app import JsonFlag, app
+from tidesim.cli.app import JsonFlag, app, ready_replay
 from tidesim.errors import InputError
 from tidesim.study import Study, run_study, summary
 
@@ -28,6 +28,8 @@ def sweep(
     if scheduler is not None and workers is not None:
         raise InputError(f"--workers {workers} are for this machine, and --scheduler has its own; leave one out.")
     asked = Study.read(study, seed)
+    if scheduler is None:
+        ready_replay()
     with console.progress("sweeping") as advance:
         results = run_study(asked, out, workers=workers, scheduler=scheduler, progress=advance)
     document = summary(results, out)

@@ -8,16 +8,17 @@ compiled code that decides the same, and timed then. The results are those of `s
 One thing is beyond it: device, host and copies that slow each other down while they run. Profiles that say so
 (`contention`) are refused with a pointer to the simulator.
 
-The first run on a machine compiles, for some ten seconds; what was compiled is kept on disk.
+The first run on a machine compiles, for some twenty seconds (`compile_s` of tests/benchmarks/replay_speed.py); what was
+compiled is kept on disk.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tidesim.replay.replaying import Replayer, is_compiled, is_contended, replay
+    from tidesim.replay.replaying import Replayer, compile_now, is_compiled, is_contended, replay
 
-__all__ = ["Replayer", "is_compiled", "is_contended", "replay"]
+__all__ = ["Replayer", "compile_now", "is_compiled", "is_contended", "replay"]
 
 
 def __getattr__(name: str) -> Any:

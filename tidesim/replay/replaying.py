@@ -10,14 +10,15 @@ from tidesim.errors import InputError
 from tidesim.execution import Execution
 from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
-from tidesim.paper_run import PaperRun, copied
+from tidesim.paper_run import PaperRun, check_counts, copied
 from tidesim.policies import Policy
 from tidesim.replay.clock import BUSY as LINK_BUSY
 from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, IS_FULL, Clock, new_clock, play
 from tidesim.replay.prices import Fixed, Prices, fixed_of, prices_of
 from tidesim.replay.routing import Routing, routing_of
 from tidesim.replay.rules import ruled
-from tidesim.replay.script import Decisions, decide
+from tidesim.replay.script import NO_SCRIPT, Decisions, decide
+from tidesim.residency import Placement
 from tidesim.result import RunResult
 from tidesim.workload import Workload
 
@@ -60,9 +61,12 @@ class Replayer:
 
     What a policy decides by the routing alone is asked once, and timed on every machine: for that, hand in the same
     policy object again.
+
+    Raise InputError if the counts of `workload` do not fit its tokens and top-k.
     """
 
     def __init__(self, workload: Workload) -> None:
+        check_counts(workload)
         self.workload = workload
         self._routing: Routing = routing_of(workload)
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
@@ -159,3 +163,17 @@ def is_compiled() -> bool:
     """Whether a run can begin at once; if not, the first one compiles what replays it."""
     dispatcher: Any = play
     return bool(dispatcher.signatures) or any(Path(dispatcher.stats.cache_path).glob("clock.play-*.nbi"))
+
+
+def compile_now() -> None:
+    """Compile what replays a run, unless that is on disk: before processes start that would each do it."""
+    ints, few, small = np.zeros(1, np.int64), np.zeros(1, np.int32), np.zeros(1, np.uint16)
+    kinds, firsts = np.zeros(0, np.uint8), np.zeros(0, np.bool_)
+    routing = Routing(ints, ints, small, small, ints, few, kinds, few[:0], firsts, few[:0], ints[:0])
+    pairs = np.zeros((1, 2), np.int64)
+    prices = Prices(pairs, pairs, pairs, pairs, ints, ints, ints, ints, ints, ints)
+    decisions = Decisions(
+        placement=Placement(((),)), budgets=(0,), scratch=0, is_background=False, rule=None, script=NO_SCRIPT
+    )
+    fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
+    play(routing, prices, fixed, NO_SCRIPT, ruled(decisions, 1), new_clock(np.zeros((1, 1), np.bool_), FIRST_ROOM))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from tidesim.execution import Execution
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
-from tidesim.paper_run import PaperRun
+from tidesim.paper_run import PaperRun, check_counts
 from tidesim.policies import Policy
 from tidesim.result import Decision, Interval, RunResult
 from tidesim.simulator.actors import Run
@@ -42,6 +42,7 @@ def simulate(
     Raise InputError if workload, model and execution do not fit together, BudgetError if the experts do not fit the
     machine, ValueError if the policy's moves are not possible.
     """
+    check_counts(workload)
     paper = PaperRun(
         workload=workload,
         model=model,

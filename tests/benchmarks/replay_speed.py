@@ -1,0 +1,160 @@
+"""The compiled replay: how many routed pairs and layers it replays a second, and how much faster it is than the events.
+
+    python tests/benchmarks/replay_speed.py [--repeats 7] [--workers 2] [--compile] [--only single|grid]
+
+On the shipped synthetic trace at the sizes of LLaDA2.0-mini, on one core: each case is run `--repeats` times after one
+that is thrown away, and the median counts; `spread` is the distance of the quartiles over it. `layers_per_s` counts
+layers of forwards, `pairs_per_s` routed pairs of a token and an expert, `run` all that `Replayer.run` does for a result
+and `walk` the compiled part of it. `simpy_ratio` is the event simulator's time over the replay's for the same run, both
+in this process. `simulated_over_real` is the run's makespan over the time that replaying it takes. `grid` is 31
+intervals x 16 budgets x 5 policies through `run_study`, process start and results on disk included. With `--compile`
+the time of a first run with nothing on disk comes on top. Bars: 1e9 pairs/s, 5e6 layers/s, a ratio of 1,000 to SimPy,
+20,000 simulated seconds a second for mini on the 4090 profile, the grid in 10 s. Prints one JSON line.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tidesim.execution import execution
+from tidesim.hardware import load_hardware
+from tidesim.moe import load_moe_config
+from tidesim.policies import policy
+from tidesim.replay import Replayer, compile_now, replaying
+from tidesim.shipped import find_shipped
+from tidesim.simulator import simulate
+from tidesim.study import Study, run_study
+from tidesim.trace import Trace
+from tidesim.workload import Workload
+
+TRACE = "llada2.0-mini-synthetic"
+CASES: dict[str, tuple[str, dict[str, Any], int, str]] = {
+    "static": ("static", {}, 64, "overlapped"),
+    "tide": ("tide", {"refresh_interval": 4}, 64, "overlapped"),
+    "tide each step": ("tide", {"refresh_interval": 1}, 64, "overlapped"),
+    "tide-as-coded": ("tide-as-coded", {"refresh_interval": 4}, 64, "overlapped"),
+    "lru": ("lru", {}, 128, "overlapped"),
+    "static, full context": ("static", {}, 64, "tide-as-coded"),
+    "tide-as-coded, full context": ("tide-as-coded", {"refresh_interval": 4}, 64, "tide-as-coded"),
+}
+GRID = {
+    "traces": [TRACE],
+    "machines": ["rtx4090"],
+    "policies": ["static", "lru", "tide", "tide-as-coded", "rlx"],
+    "budgets": [*range(16, 257, 16)],
+    "intervals": [*range(1, 32)],
+    "held_out_share": 0,
+    "ignore_memory": True,
+}
+
+
+def timed(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Median seconds, and the distance of the quartiles over it; the first run is thrown away."""
+    samples = []
+    for _ in range(repeats + 1):
+        start_s = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - start_s)
+    low, median, high = statistics.quantiles(samples[1:], n=4)
+    return median, (high - low) / median
+
+
+def single(repeats: int) -> dict[str, Any]:
+    """Every case of `CASES` alone."""
+    model, machine = load_moe_config("llada2.0-mini"), load_hardware("rtx4090")
+    workloads: dict[str, Workload] = {}
+    with Trace.open(find_shipped("traces", TRACE, ".h5")) as trace:
+        for context in ("block", "full"):
+            workloads[context] = trace.workload(context)
+    found: dict[str, Any] = {}
+    walked: list[float] = []
+    play = replaying.play
+
+    def clocked(*args: Any) -> Any:
+        start_s = time.perf_counter()
+        makespan = play(*args)
+        walked.append(time.perf_counter() - start_s)
+        return makespan
+
+    replaying.play = clocked
+    for name, (policy_name, params, budget, how) in CASES.items():
+        used = execution(how)
+        workload = workloads[used.context]
+        replayer = Replayer(workload)
+        own = {"popularity": workload.counts.sum(axis=0)} if policy_name == "static" else params
+        made = policy(policy_name, **own)
+        settings: dict[str, Any] = {"budget": budget, "execution": used, "is_memory_checked": False}
+        walked.clear()
+        run_s, spread = timed(lambda: replayer.run(model, machine, made, **settings), repeats)  # noqa: B023
+        walk_s = statistics.median(walked[1:])
+        start_s = time.perf_counter()
+        expected = simulate(workload, model, machine, made, **settings)
+        simpy_s = time.perf_counter() - start_s
+        result = replayer.run(model, machine, made, **settings)
+        assert result == expected
+        num_layers = workload.num_forwards * workload.num_layers
+        found[name] = {
+            "layers_per_s": round(num_layers / walk_s),
+            "pairs_per_s": round((result.hits + result.misses) / walk_s),
+            "run_ms": round(1e3 * run_s, 2),
+            "walk_ms": round(1e3 * walk_s, 2),
+            "spread": round(spread, 3),
+            "simpy_ratio": round(simpy_s / run_s),
+            "simpy_ratio_of_walk": round(simpy_s / walk_s),
+            "simulated_over_real": round(result.makespan_s / run_s),
+        }
+    replaying.play = play
+    return found
+
+
+def grid(workers: int) -> dict[str, Any]:
+    """The whole grid; its rows are written and read back."""
+    study = Study.from_content(GRID)
+    with tempfile.TemporaryDirectory() as folder:
+        start_s = time.perf_counter()
+        results = run_study(study, folder, workers=workers)
+        grid_s = time.perf_counter() - start_s
+    assert {*results["status"]} == {"ok"}
+    return {"num_cases": len(results), "workers": workers, "grid_s": round(grid_s, 2)}
+
+
+def compile_s() -> float:
+    """Seconds of a first run in a process with an empty cache, less those of a second such process with a full one."""
+    command = (sys.executable, "-c", "from tidesim.replay import compile_now; compile_now()")
+    with tempfile.TemporaryDirectory() as cache:
+        seconds = []
+        for _ in range(2):
+            start_s = time.perf_counter()
+            subprocess.run(command, check=True, env={**os.environ, "NUMBA_CACHE_DIR": cache})
+            seconds.append(time.perf_counter() - start_s)
+    return round(seconds[0] - seconds[1], 1)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--only", choices=("single", "grid"))
+    asked = parser.parse_args()
+    compile_now()
+    found: dict[str, Any] = {"benchmark": "replay_speed", "trace": TRACE, "origin": "synthetic", "hardware": "rtx4090"}
+    if asked.only != "grid":
+        found["single"] = single(asked.repeats)
+    if asked.only != "single":
+        found["grid"] = grid(asked.workers)
+    if asked.compile:
+        found["compile_s"] = compile_s()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
