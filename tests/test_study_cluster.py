@@ -30,7 +30,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cluster() -> Iterator["distributed.LocalCluster"]:
     with distributed.LocalCluster(
-        n_workers=3, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        n_workers=3, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs=50
     ) as started:
         yield started
 
@@ -111,7 +111,7 @@ def test_a_case_that_kills_its_workers_fails_alone(trace: Path) -> None:
 def test_a_scheduler_without_workers_is_told(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tidesim.study.cluster._PATIENCE_S", 1)
     with (
-        distributed.LocalCluster(n_workers=0, processes=True, dashboard_address=None) as empty,
+        distributed.LocalCluster(n_workers=0, processes=True, dashboard_address="127.0.0.1:0") as empty,
         pytest.raises(InputError, match="has no worker; start one with: dask worker tcp"),
     ):
         run_study(study(trace), tmp_path, scheduler=empty.scheduler_address)

@@ -7,7 +7,7 @@ its duration exactly; outside they are seconds.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from importlib import metadata
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ RESOURCES = ("device", "host", "h2d", "d2h")
 OUTSIDE = "outside"  # of the MoE layers: embedding, dense layers, lm_head
 
 
-@lru_cache(maxsize=1)
+@cache  # looking it up takes milliseconds, and every result asks
 def tool_version() -> str:
     """Version of the installed tidesim, "unknown" in a source checkout that was never installed."""
     try:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +100,7 @@ class Case:
     params : (name, value) pairs of the policy's own parameters, by name; the interval is none of them.
     refresh_interval : None for policies that never refresh.
     budget : slots of each layer; None for the largest budget that fits.
+    key : SHA-256 (32 hex digits) of every setting and fingerprint: the same for the same case in every study.
     """
 
     trace: TraceSource
@@ -112,16 +113,15 @@ class Case:
     budget: int | None
     batch_size: int
     rules: Rules
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", _digest(self.settings()))
 
     @property
     def routing(self) -> Routing:
         """The workload that the case runs, and shares with others."""
         return Routing(self.trace, self.execution.context, self.model.num_layers, self.batch_size)
-
-    @property
-    def key(self) -> str:
-        """SHA-256 (32 hex digits) of every setting and fingerprint: the same for the same case in every study."""
-        return _digest(self.settings())
 
     def settings(self) -> dict[str, Scalar]:
         """Everything that decides what comes out, by the names of `columns.SETTINGS`."""
