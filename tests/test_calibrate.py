@@ -57,6 +57,8 @@ MODEL = MoEConfig(
 )
 CACHE_BYTES = 2**19
 SIZES = (2**12, 2**16, 2**18)
+# On a drive that others use too, a short read may take as long as one some times its size, but not a thousand times.
+READ_SIZES = (2**12, 2**18, 2**22)
 
 
 def is_sane(measured: Measured) -> bool:
@@ -328,10 +330,10 @@ def test_the_head_is_cut_to_what_no_cache_holds(torch_rng: torch.Generator) -> N
 
 
 def test_a_drive_is_read_and_the_scratch_file_goes(tmp_path: Path, rng: np.random.Generator) -> None:
-    with storage.scratch_file(tmp_path, 2**21, rng) as file:
+    with storage.scratch_file(tmp_path, 2**24, rng) as file:
         assert file.stat().st_size >= 2**21
         content = np.fromfile(file, np.uint8)
-        fit = storage.drive_fit(file, 100_000, rng, sizes=SIZES, depths=(1, 2), repeats=3, limit_s=0.2)
+        fit = storage.drive_fit(file, 100_000, rng, sizes=READ_SIZES, depths=(1, 2), repeats=3, limit_s=0.2)
     assert is_sane(fit.bytes_per_s)
     assert fit.latency_s.value >= 0
     assert len(np.unique(content)) == 256
@@ -415,9 +417,9 @@ def settings(folder: Path) -> Settings:
         host_threads=1,
         device_memory_bytes=2**30,
         drive_folder=folder,
-        drive_bytes=2**22,
+        drive_bytes=2**24,
         copy_sizes=SIZES,
-        read_sizes=SIZES,
+        read_sizes=READ_SIZES,
         budget_s=0.5,
     )
 
@@ -460,7 +462,7 @@ def test_a_calibrated_profile_holds_every_figure_and_is_read_back(tmp_path: Path
 @pytest.mark.usefixtures("quick")
 def test_a_drive_file_that_is_there_is_read_in_place_of_a_new_one(tmp_path: Path) -> None:
     file = tmp_path / "weights"
-    file.write_bytes(bytes(2**22))
+    file.write_bytes(bytes(2**24))
     given = Settings(**{**{name: getattr(settings(tmp_path), name) for name in Settings.__slots__}, "drive_file": file})
     hardware = calibrate(MODEL, "here", given)
     assert "of 0.0 GB" in hardware.sources["links.nvme.latency_us"].source
