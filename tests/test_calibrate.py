@@ -57,8 +57,8 @@ MODEL = MoEConfig(
 )
 CACHE_BYTES = 2**19
 SIZES = (2**12, 2**16, 2**18)
-# On a drive that others use too, a short read may take as long as one some times its size, but not a thousand times.
-READ_SIZES = (2**12, 2**18, 2**22)
+# On a drive that others use too, a short read may take as long as one some times its size, but not hundreds of times.
+READ_SIZES = (2**12, 2**18, 2**20)
 
 
 def is_sane(measured: Measured) -> bool:
