@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int, str]] = {
 GRID = {
     "traces": [TRACE],
     "machines": ["rtx4090"],
-    "policies": ["static", "lru", "tide", "tide-as-coded", "rlx"],
+    "policies": ["static", "lru", "mixtral-offloading", "tide", "tide-as-coded"],
     "budgets": [*range(16, 257, 16)],
     "intervals": [*range(1, 32)],
     "held_out_share": 0,

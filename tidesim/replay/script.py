@@ -61,15 +61,14 @@ NO_SCRIPT = Script(np.zeros(1, np.int64), np.empty(0, np.uint8), np.empty(0, np.
 def decide(workload: Workload, policy: Policy, shape: Shape, *, is_background: bool) -> Decisions:
     """What `policy` decides on `workload`.
 
-    Policies with a `rule` are not asked beyond their first placement. Raise ValueError if the policy's moves are not
-    possible, and whatever the policy raises at the beginning of a run.
+    Policies with a `rule` are not asked beyond their first placement, which is as they say it is. Raise ValueError if
+    the policy's moves are not possible, and whatever the policy raises at the beginning of a run.
     """
     placement, scratch = policy.initial(shape), policy.scratch_experts(shape.num_experts)
-    # A script is checked by the residency that it goes through; a rule moves within the budgets, so its start is.
-    residency = Residency(shape.num_experts, shape.budgets, placement, is_pooled=policy.scope == "network")
-    script = (
-        NO_SCRIPT if policy.rule is not None else _Writer(residency, scratch).write(workload, policy, is_background)
-    )
+    script = NO_SCRIPT
+    if policy.rule is None:
+        residency = Residency(shape.num_experts, shape.budgets, placement, is_pooled=policy.scope == "network")
+        script = _Writer(residency, scratch).write(workload, policy, is_background)
     return Decisions(
         placement=placement,
         budgets=shape.budgets,
