@@ -96,11 +96,11 @@ def test_a_few_steps_lower_the_loss_and_a_resumed_run_goes_on(
     from pathlib import Path
 
     out = Path(str(tmp_path))
-    train.main(out, steps=4, batch=2, every=2)
+    train.main(out, steps=4, batch=2, every=2, windows=8)
     first = capsys.readouterr().out
     assert "unigram" in first
     assert "step 4" in first
-    train.main(out, steps=6, batch=2, every=2)
+    train.main(out, steps=6, batch=2, every=2, windows=8)
     second = capsys.readouterr().out
     assert "resumed at step 4" in second
     assert (out / "model" / "model.safetensors").stat().st_size < 40e6

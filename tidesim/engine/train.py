@@ -199,6 +199,7 @@ def main(
         float, typer.Option(help="Weight of the entropy of right guesses (CAP) in the last fifth.")
     ] = 0.0,
     every: Annotated[int, typer.Option(help="Steps between reports and checkpoints.")] = 50,
+    windows: Annotated[int, typer.Option(help="Held-out windows that the loss is told on at the end.")] = 512,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train llada2-tiny, resuming from `out` if a checkpoint is there, and export it in Hugging Face layout."""
@@ -233,12 +234,12 @@ def main(
         if (step + 1) % every == 0 or step + 1 == steps:
             report(step + 1, losses, load_sum, len(losses) * batch * WINDOW / (time.perf_counter() - began))
             if (step + 1) % (10 * every) == 0 or step + 1 == steps:
-                print(f"    held-out {held_out_loss(objective, held_out, 64):.3f} nats", flush=True)
+                print(f"    held-out {held_out_loss(objective, held_out, min(64, windows)):.3f} nats", flush=True)
             keep(out / "state.pt", network, optimizer, step + 1)
             began, losses, load_sum = time.perf_counter(), [], [torch.zeros_like(total) for total in load_sum]
     save_network(network, hf_config, out / "model", torch.bfloat16)
     tokenizer.save(str(out / "model" / "tokenizer.json"))
-    final = held_out_loss(objective, held_out, 512)
+    final = held_out_loss(objective, held_out, windows)
     print(f"held-out {final:.3f} nats against a unigram baseline of {unigram:.3f}", flush=True)
 
 
