@@ -18,6 +18,7 @@ from tidesim.hardware import load_hardware
 from tidesim.moe import load_moe_config
 from tidesim.policies import policy
 from tidesim.simulator import simulate
+from tidesim.timing import timed
 from tidesim.trace import Trace, Workload
 
 P, D, C = PREFILL, DENOISE, COMMIT
@@ -205,7 +206,7 @@ def test_two_equal_sequences_together_take_once_to_twice_the_time(name: str, how
         budget = model.num_experts if name == "all-device" else 8
         made = policy(name, **params)
         machine = load_hardware("rtx4090")
-        return simulate(workload, model, machine, made, budget=budget, execution=used).makespan_ns
+        return timed(workload, model, machine, made, budget=budget, execution=used).makespan_ns
 
     together = makespan(twice(alone).batched(2))
     assert makespan(alone) <= together <= 2 * makespan(alone)

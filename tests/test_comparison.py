@@ -19,6 +19,7 @@ from tidesim.moe import load_moe_config
 from tidesim.policies import POLICIES, policy
 from tidesim.policies.knowledge import Knowledge
 from tidesim.simulator import simulate
+from tidesim.timing import timed
 from tidesim.trace import Trace
 
 TWO_LAYERS = replace(TOY, num_layers=2)
@@ -340,7 +341,7 @@ def test_every_policy_keeps_its_books_and_the_ceiling_at_full_size(profile: str)
     }
     for contender in contenders((2,)):
         player = made(contender, workload, corpus)
-        result = simulate(workload, model, machine, player, **FULL_SIZE)
+        result = timed(workload, model, machine, player, **FULL_SIZE)
         assert result.hits + result.misses == workload.counts.sum(), contender.name
         assert result.h2d_bytes == (result.promotions + result.drops) * MINI.expert_bytes, contender.name
         assert result.makespan_ns >= ceilings[player.scope], contender.name
@@ -352,8 +353,8 @@ def test_gain_is_at_least_as_fast_as_tide_at_any_interval(profile: str) -> None:
     workload, corpus = mini_workloads(MINI.num_layers)
     machine, gain = load_hardware(profile), policy("gain", corpus=corpus)
     equal_bytes = FULL_SIZE | {"budget": slots_left(64, gain.scratch, MINI.num_layers)}
-    least_ns = simulate(workload, MINI, machine, gain, **equal_bytes).makespan_ns
+    least_ns = timed(workload, MINI, machine, gain, **equal_bytes).makespan_ns
     for name in ("tide", "tide-as-coded"):
         for interval in (1, 2, 4, 8):
             tide = policy(name, refresh_interval=interval)
-            assert least_ns <= simulate(workload, MINI, machine, tide, **FULL_SIZE).makespan_ns, (name, interval)
+            assert least_ns <= timed(workload, MINI, machine, tide, **FULL_SIZE).makespan_ns, (name, interval)
