@@ -1,6 +1,7 @@
 """The compiled replay says what the simulator says, to the nanosecond."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +105,22 @@ def test_the_policy_and_the_rule_reckon_with_the_same_set() -> None:
     mask = build_set(table, np.array([7, 3, 1, 0, 6], np.int32), 5, old)
     members = [member for member in table[: mask + 1].tolist() if member >= 0]
     assert order.order(0, [], np.ones(8, np.bool_)) == members
+
+
+def test_mapped_counts_are_replayed_like_those_in_memory(path: Path) -> None:
+    """They are of one byte each, in which a policy that subtracts counts would go below zero and come out on top."""
+    with Trace.open(path) as trace:
+        workload, mapped = trace.workload(), trace.workload(is_mapped=True)
+    assert mapped.counts.dtype.itemsize < workload.counts.dtype.itemsize
+    model = replace(TOY, **{name: getattr(workload, name) for name in ("num_layers", "num_experts", "top_k")})
+    for name in POLICIES:
+        budget = model.num_experts if name == "all-device" else 3
+        kwargs = {"budget": budget, "execution": toy_execution(), "is_memory_checked": False}
+        by_memory, by_map = (
+            replay(each, model, toy_hardware(), policy(name, **data_of(name, workload, Previous())), **kwargs)
+            for each in (workload, mapped)
+        )
+        assert by_map == by_memory, name
 
 
 def test_only_policies_with_a_rule_are_not_asked() -> None:

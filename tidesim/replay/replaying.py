@@ -172,8 +172,6 @@ def compile_now() -> None:
     routing = Routing(ints, ints, small, small, ints, few, kinds, few[:0], firsts, few[:0], ints[:0])
     pairs = np.zeros((1, 2), np.int64)
     prices = Prices(pairs, pairs, pairs, pairs, ints, ints, ints, ints, ints, ints)
-    decisions = Decisions(
-        placement=Placement(((),)), budgets=(0,), scratch=0, is_background=False, rule=None, script=NO_SCRIPT
-    )
+    decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, script=NO_SCRIPT)
     fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
     play(routing, prices, fixed, NO_SCRIPT, ruled(decisions, 1), new_clock(np.zeros((1, 1), np.bool_), FIRST_ROOM))

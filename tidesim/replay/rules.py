@@ -26,7 +26,6 @@ _CODES = {
 }
 _DENOISE = int(ForwardKind.DENOISE)
 
-
 # How CPython (3.11 to 3.14) looks for a place in a set, Objects/setobject.c.
 _LINEAR_PROBES, _PERTURB_SHIFT, _SMALLEST_TABLE = 9, 5, 8
 # A set of so many small integers has a table of 512 places or more, where each lies at its own number.
@@ -44,7 +43,7 @@ class Ruled(NamedTuple):
     total : int64 [L * E], tokens so far.
     older, newer : int32 [L, E + 1], the residents by their last use, a ring; place E is between newest and oldest.
     table : int32 [L, S], residents as a CPython set has them, and -1. mask : int64 [L], its places in use, less one.
-    order : int32 [E], a buffer.
+    old : int32 [S], order : int32 [E], buffers.
     mark : int64 [E], stamps of who was looked at.
     moves : those that were decided last; `first` says nothing.
     """

@@ -44,13 +44,11 @@ class Decisions:
     Parameters
     ----------
     budgets : slots of each layer. scratch : experts that fit into scratch memory.
-    is_background : whether refreshes come last in a layer, as with background copies.
     """
 
     placement: Placement
     budgets: tuple[int, ...]
     scratch: int
-    is_background: bool
     rule: Rule | None
     script: Script
 
@@ -59,7 +57,7 @@ NO_SCRIPT = Script(np.zeros(1, np.int64), np.empty(0, np.uint8), np.empty(0, np.
 
 
 def decide(workload: Workload, policy: Policy, shape: Shape, *, is_background: bool) -> Decisions:
-    """What `policy` decides on `workload`.
+    """What `policy` decides on `workload`; with background copies refreshes come last in a layer.
 
     Policies with a `rule` are not asked beyond their first placement, which is as they say it is. Raise ValueError if
     the policy's moves are not possible, and whatever the policy raises at the beginning of a run.
@@ -73,7 +71,6 @@ def decide(workload: Workload, policy: Policy, shape: Shape, *, is_background: b
         placement=placement,
         budgets=shape.budgets,
         scratch=scratch,
-        is_background=is_background,
         rule=policy.rule,
         script=script,
     )
@@ -90,7 +87,8 @@ class _Writer:
         """The script of a run that has begun."""
         first = [0]
         for forward in forwards_of(workload):
-            for layer, counts in enumerate(workload.counts[forward.index]):
+            # Counts that are mapped from a file are narrower, and a policy may take them from each other.
+            for layer, counts in enumerate(workload.counts[forward.index].astype(np.int32, copy=False)):
                 everybody = self._residency.everybody
                 policy.observe(forward, layer, counts, everybody)
                 if not is_background:
