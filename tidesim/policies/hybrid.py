@@ -94,9 +94,9 @@ def freetoken_hybrid(*, streams_prefill: bool = False) -> Policy:
     routed to most recently before this forward, on the device or not; ties: the lower id. Without a profile
     at most one is fetched.
 
-    ρ is measured there; here it follows from the profile. The project words it as PCIe bandwidth over CPU bandwidth, but
-    where that is above 1, neither 1 - ρ nor F = ρM, the optimum that it names, makes sense. It looks neither at an
-    expert's tokens nor at fixed costs.
+    ρ is measured there; here it follows from the profile. The project words it as PCIe over CPU bandwidth, but where
+    that is above 1, neither 1 - ρ nor F = ρM, the optimum that it names, makes sense. It looks neither at an expert's
+    tokens nor at fixed costs.
     """
     return _freetoken("hybrid", Balanced(LastActiveBefore()), streams_prefill, is_routing_only=False)
 
