@@ -6,11 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hand_made import decode, writer
+from hypothesis import settings
 
 from tidesim.trace import SequenceRouting
 
 # Tests of small tensors gain nothing from a thread pool, and lose much where another process keeps a core busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Half of the usual number: the tests are run often, and draw other cases each time.
+settings.register_profile("tidesim", max_examples=50)
+settings.load_profile("tidesim")
 
 
 @pytest.fixture
