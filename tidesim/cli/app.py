@@ -187,5 +187,5 @@ def decisions_file(path: Path | None) -> Iterator[Any]:
 def ready_replay() -> None:
     """Compile the replay before it is needed, and say so, unless a run before has done it on this machine."""
     if not replay.is_compiled():
-        console.note("compiling the replay, once on this machine: this takes some twenty seconds")
+        console.note("compiling the replay, once on this machine: this takes about half a minute")
         replay.compile_now()

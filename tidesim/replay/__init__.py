@@ -8,7 +8,7 @@ compiled code that decides the same, and timed then. The results are those of `s
 One thing is beyond it: device, host and copies that slow each other down while they run. Profiles that say so
 (`contention`) are refused with a pointer to the simulator.
 
-The first run on a machine compiles, for some twenty seconds (`compile_s` of tests/benchmarks/replay_speed.py); what was
+The first run on a machine compiles, for about half a minute (`compile_s` of tests/benchmarks/replay_speed.py); what was
 compiled is kept on disk.
 """
 
