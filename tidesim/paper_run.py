@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,17 @@ from tidesim.policies import Policy, Shape
 from tidesim.residency import check_budgets, per_layer
 from tidesim.result import RunResult, one_or_each
 from tidesim.workload import Workload
+
+
+class RunSettings(TypedDict, total=False):
+    """What may be said of a run besides what is run on what; see `simulator.simulate`, which explains each."""
+
+    budget: Required[int | Sequence[int]]
+    execution: Required[Execution]
+    seed: int | None
+    reserve_bytes: int | None
+    is_memory_checked: bool
+    expected: Hardware | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

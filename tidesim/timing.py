@@ -1,11 +1,12 @@
 """Who times a run on paper: the compiled replay wherever it says the same as the event simulator."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Unpack
 
 from tidesim import replay
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
+from tidesim.paper_run import RunSettings
 from tidesim.policies import Policy
 from tidesim.result import RunResult
 from tidesim.simulator import simulate
@@ -14,7 +15,9 @@ from tidesim.workload import Workload
 _KEPT_WORKLOADS = 4  # read for replay and not forgotten yet
 
 
-def timed(workload: Workload, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Any) -> RunResult:
+def timed(
+    workload: Workload, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]
+) -> RunResult:
     """One run; `settings` are those that `simulate` and `replay` share.
 
     A profile whose device, host and copies slow each other down is for the simulator. Raise what `simulate` raises.

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tidesim.execution import execution
@@ -92,7 +93,7 @@ def single(repeats: int) -> dict[str, Any]:
         made = policy(policy_name, **own)
         settings: dict[str, Any] = {"budget": budget, "execution": used, "is_memory_checked": False}
         walked.clear()
-        run_s, spread = timed(lambda: replayer.run(model, machine, made, **settings), repeats)  # noqa: B023
+        run_s, spread = timed(partial(replayer.run, model, machine, made, **settings), repeats)
         walk_s = statistics.median(walked[1:])
         start_s = time.perf_counter()
         expected = simulate(workload, model, machine, made, **settings)

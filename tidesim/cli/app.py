@@ -1,7 +1,7 @@
 """What all commands share: the application, the options that several of them have, and values made of options."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -13,6 +13,7 @@ import typer
 from tidesim import console, replay
 from tidesim.errors import InputError
 from tidesim.execution import EXECUTIONS, GIB, Execution, execution
+from tidesim.hardware import Hardware
 from tidesim.policies import Policy, parameters_of
 from tidesim.policies.knowledge import PREDICTORS, Knowledge
 from tidesim.result import Decision, tool_version
@@ -184,8 +185,10 @@ def decisions_file(path: Path | None) -> Iterator[Any]:
         yield write
 
 
-def ready_replay() -> None:
-    """Compile the replay before it is needed, and say so, unless a run before has done it on this machine."""
-    if not replay.is_compiled():
-        console.note("compiling the replay, once on this machine: this takes about half a minute")
-        replay.compile_now()
+def ready_replay(machines: Iterable[Hardware]) -> None:
+    """Compile the replay before it is needed, and say so, unless a run before has done it here or it is for none of
+    the `machines`."""
+    if all(map(replay.is_contended, machines)) or replay.is_compiled():
+        return
+    console.note("compiling the replay, once on this machine: this takes about half a minute")
+    replay.compile_now()

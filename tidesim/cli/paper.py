@@ -43,6 +43,7 @@ from tidesim.errors import InputError
 from tidesim.execution import Execution, execution, largest_budget
 from tidesim.hardware import Hardware, load_hardware
 from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
+from tidesim.paper_run import RunSettings
 from tidesim.planner import plan as make_plan
 from tidesim.planner import split_sequences
 from tidesim.policies import POLICIES, Policy
@@ -145,11 +146,12 @@ def simulate(
         slots: int | list[int] = _default_budget(made, sizes, machine, how, workload, reserve)
     else:
         slots = numbers(budget, "budget")
-    settings: dict[str, Any] = {"budget": slots, "execution": how, "seed": seed, "reserve_bytes": reserve}
-    settings["is_memory_checked"] = not ignore_memory
+    settings = RunSettings(
+        budget=slots, execution=how, seed=seed, reserve_bytes=reserve, is_memory_checked=not ignore_memory
+    )
     intervals: list[Interval] | None = None if timeline is None else []
     if engine is EngineChoice.REPLAY:
-        ready_replay()
+        ready_replay([machine])
         result = replay.Replayer(workload).run(sizes, machine, made, **settings)
     else:
         with decisions_file(decisions) as write_decision:
@@ -180,7 +182,7 @@ def plan(
 ) -> None:
     """Find the refresh interval and the expert budget that generate fastest on a machine."""
     machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
-    ready_replay()
+    ready_replay([machine])
     with Trace.open(trace_name) as opened, console.progress("planning") as advance:
         report = make_plan(
             opened,
@@ -244,7 +246,7 @@ def compare(
         together = workload.batched(batch)
         most = (together.max_tokens, reserve)
         budget = min(largest_budget(sizes, machine, one, *most, batch_size=together.batch_size) for one in hows)
-    ready_replay()
+    ready_replay([machine])
     with console.progress("comparing") as advance:
         comparison = run_comparison(
             workload,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tidesim import console
-from tidesim.cli.app import JsonFlag, app, ready_replay
+from tidesim.cli.app import JsonFlag, WorkersOption, app, ready_replay
 from tidesim.errors import InputError
 from tidesim.study import Study, run_study, summary
 
@@ -18,7 +18,7 @@ def sweep(
     scheduler: Annotated[
         str | None, typer.Option(help="Dask scheduler whose workers run the cases, such as tcp://10.0.0.1:8786.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes to run on; default: one a core.")] = None,
+    workers: WorkersOption = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of everything random, before that of the study.")
     ] = None,
@@ -29,7 +29,7 @@ def sweep(
         raise InputError(f"--workers {workers} are for this machine, and --scheduler has its own; leave one out.")
     asked = Study.read(study, seed)
     if scheduler is None:
-        ready_replay()
+        ready_replay(case.machine.hardware for case in asked.cases)
     with console.progress("sweeping") as advance:
         results = run_study(asked, out, workers=workers, scheduler=scheduler, progress=advance)
     document = summary(results, out)

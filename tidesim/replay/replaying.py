@@ -1,16 +1,15 @@
 """One run, or many on the same routing, from their inputs to their results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from tidesim.errors import InputError
-from tidesim.execution import Execution
 from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
-from tidesim.paper_run import PaperRun, check_counts, copied
+from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
 from tidesim.policies import Policy
 from tidesim.replay.clock import BUSY as LINK_BUSY
 from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, IS_FULL, Clock, new_clock, play
@@ -26,34 +25,14 @@ _KEPT_DECISIONS = 16  # a long workload's take tens of megabytes
 
 
 def replay(
-    workload: Workload,
-    model: MoEConfig,
-    hardware: Hardware,
-    policy: Policy,
-    *,
-    budget: int | Sequence[int],
-    execution: Execution,
-    seed: int | None = None,
-    reserve_bytes: int | None = None,
-    is_memory_checked: bool = True,
-    expected: Hardware | None = None,
+    workload: Workload, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]
 ) -> RunResult:
     """What `simulate` says of the same arguments, to the nanosecond.
 
     For more than one run on a workload, `Replayer` reads its routing once. Raise what `simulate` raises, and InputError
     if device, host and copies slow each other down on `hardware`.
     """
-    return Replayer(workload).run(
-        model,
-        hardware,
-        policy,
-        budget=budget,
-        execution=execution,
-        seed=seed,
-        reserve_bytes=reserve_bytes,
-        is_memory_checked=is_memory_checked,
-        expected=expected,
-    )
+    return Replayer(workload).run(model, hardware, policy, **settings)
 
 
 class Replayer:
@@ -72,37 +51,14 @@ class Replayer:
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
 
-    def run(
-        self,
-        model: MoEConfig,
-        hardware: Hardware,
-        policy: Policy,
-        *,
-        budget: int | Sequence[int],
-        execution: Execution,
-        seed: int | None = None,
-        reserve_bytes: int | None = None,
-        is_memory_checked: bool = True,
-        expected: Hardware | None = None,
-    ) -> RunResult:
+    def run(self, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]) -> RunResult:
         """One run; see `replay`."""
         if is_contended(hardware):
             raise InputError(
                 f"profile {hardware.name!r} says how much device, host and copies slow each other down (contention); "
                 "that is for the event simulator: use simulate(), or --engine simpy."
             )
-        paper = PaperRun(
-            workload=self.workload,
-            model=model,
-            hardware=hardware,
-            policy=policy,
-            budget=budget,
-            execution=execution,
-            seed=seed,
-            reserve_bytes=reserve_bytes,
-            is_memory_checked=is_memory_checked,
-            expected=expected,
-        )
+        paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
         return paper.result(self._timed(self._decide(paper), paper))
 
     def _decide(self, paper: PaperRun) -> Decisions:
