@@ -17,8 +17,8 @@ from tidesim.moe import load_moe_config
 from tidesim.policies import POLICIES, Shape, policy
 from tidesim.policies.pieces import SetOrder
 from tidesim.policies.predictors import Previous
-from tidesim.replay import Replayer, clock, replay, replaying
-from tidesim.replay.rules import build_set
+from tidesim.replay import Replayer, clock, replay, replaying, routing
+from tidesim.replay.rules import build_set, list_set
 from tidesim.shipped import find_shipped
 from tidesim.simulator import simulate
 from tidesim.trace import Trace
@@ -48,6 +48,17 @@ def test_a_policy_is_asked_once_for_all_machines(case):
         kwargs = {"budget": budgets, "execution": used, "is_memory_checked": False}
         expected = simulate(workload, model, each, make_policy(name, params), **kwargs)
         assert replayer.run(model, each, made, **kwargs) == expected
+
+
+@settings(deadline=None)
+@given(cases(), st.integers(1, 60), st.booleans())
+def test_forwards_are_replayed_in_parts_as_all_at_once(case, part_counts, is_kept):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "_PART_COUNTS", part_counts)
+        if not is_kept:
+            patch.setattr(replaying, "_KEPT_ROUTING_BYTES", 0)
+        in_parts = replay_case(case)
+    assert in_parts == replay_case(case)
 
 
 def large_workload(rng: np.random.Generator, num_experts: int, num_forwards: int):
@@ -85,15 +96,20 @@ def test_rules_decide_as_the_policies_that_state_them(seed, name, num_experts, s
     assert by_rule == replay(workload, model, toy_hardware(), asked, **kwargs)
 
 
+def in_set_order(members: list[int]) -> list[int]:
+    table, taken, found = np.zeros(8192, np.int32), np.zeros(129, np.uint64), np.zeros(len(members), np.int32)
+    mask = build_set(table, taken, np.array(members, np.int32), len(members), found.copy())
+    assert list_set(table, taken, mask, found) == len(members)
+    return found.tolist()
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 700), unique=True, max_size=200), st.lists(st.integers(0, 700), unique=True))
 def test_a_set_is_filled_as_cpython_does(first, more):
-    table, old = np.full(8192, -1, np.int32), np.zeros(8192, np.int32)
     members = [*first, *(member for member in more if member not in first)]
-    mask = build_set(table, np.array(members, np.int32), len(members), old)
     real = set(first)
     real.update(more)
-    assert [member for member in table[: mask + 1].tolist() if member >= 0] == list(real)
+    assert in_set_order(members) == list(real)
 
 
 def test_the_policy_and_the_rule_reckon_with_the_same_set() -> None:
@@ -101,10 +117,7 @@ def test_the_policy_and_the_rule_reckon_with_the_same_set() -> None:
     order = SetOrder()
     order.begin(Shape(8, (5,)))
     order.settled(0, [7, 3, 1], [0, 6])
-    table, old = np.full(64, -1, np.int32), np.zeros(64, np.int32)
-    mask = build_set(table, np.array([7, 3, 1, 0, 6], np.int32), 5, old)
-    members = [member for member in table[: mask + 1].tolist() if member >= 0]
-    assert order.order(0, [], np.ones(8, np.bool_)) == members
+    assert order.order(0, [], np.ones(8, np.bool_)) == in_set_order([7, 3, 1, 0, 6])
 
 
 def test_mapped_counts_are_replayed_like_those_in_memory(path: Path) -> None:

@@ -40,6 +40,15 @@ class Prices(NamedTuple):
     call: Ints
     first_call: Ints
 
+    def cut(self, forwards: slice) -> "Prices":
+        """Those of some forwards."""
+        return self._replace(
+            entry=self.entry[forwards],
+            dense=self.dense[forwards],
+            head=self.head[forwards],
+            first_call=self.first_call[forwards],
+        )
+
 
 class Fixed(NamedTuple):
     """Durations in ns that depend on nothing, and how the software runs.

@@ -11,10 +11,11 @@ from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
 from tidesim.policies import Policy
+from tidesim.replay.bits import words_of
 from tidesim.replay.clock import BUSY as LINK_BUSY
-from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, IS_FULL, Clock, new_clock, play
+from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, IS_FULL, Clock, new_clock, play, stop
 from tidesim.replay.prices import Fixed, Prices, fixed_of, prices_of
-from tidesim.replay.routing import Routing, routing_of
+from tidesim.replay.routing import NO_ROUTING, Routing, parts_of, routing_of
 from tidesim.replay.rules import ruled
 from tidesim.replay.script import NO_SCRIPT, Decisions, decide
 from tidesim.residency import Placement
@@ -22,6 +23,7 @@ from tidesim.result import RunResult
 from tidesim.workload import Workload
 
 _KEPT_DECISIONS = 16  # a long workload's take tens of megabytes
+_KEPT_ROUTING_BYTES = 1 << 30  # of a workload; what goes beyond is read again for each run
 
 
 def replay(
@@ -47,7 +49,8 @@ class Replayer:
     def __init__(self, workload: Workload) -> None:
         check_counts(workload)
         self.workload = workload
-        self._routing: Routing = routing_of(workload)
+        self._parts = parts_of(workload)
+        self._routing: dict[int, Routing] = {}  # by part, as far as kept
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
 
@@ -76,11 +79,8 @@ class Replayer:
 
     def _timed(self, decisions: Decisions, paper: PaperRun) -> Mapping[str, Any]:
         """What a `RunResult` counts and times."""
-        resident = np.zeros((paper.model.num_layers, paper.model.num_experts), np.bool_)
-        for layer, ids in enumerate(decisions.placement.experts):
-            resident[layer, list(ids)] = True
         prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
-        clock, makespan_ns = self._play(decisions, prices, fixed, resident)
+        clock, makespan_ns = self._play(decisions, prices, fixed)
         tally: list[int] = clock.tally.tolist()
         hits, misses, promotions, evictions, drops = tally[:DEVICE_BUSY]
         links = clock.links[:, LINK_BUSY].tolist()
@@ -96,16 +96,28 @@ class Replayer:
             "busy_ns": {"device": tally[DEVICE_BUSY], "host": tally[HOST_BUSY], "h2d": links[H2D], "d2h": links[D2H]},
         }
 
-    def _play(self, decisions: Decisions, prices: Prices, fixed: Fixed, resident: Any) -> tuple[Clock, int]:
+    def _play(self, decisions: Decisions, prices: Prices, fixed: Fixed) -> tuple[Clock, int]:
         """Walk the forwards, with more room for copies under way as long as there is too little."""
-        room = FIRST_ROOM
+        num_experts, num_layers, room = self.workload.num_experts, self.workload.num_layers, FIRST_ROOM
+        residents = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
         while True:
-            clock = new_clock(resident, room)
-            rule = ruled(decisions, resident.shape[1])
-            makespan_ns = play(self._routing, prices, fixed, decisions.script, rule, clock)
+            clock, rule, now_ns = new_clock(residents, room), ruled(decisions, num_experts), 0
+            for number, part in enumerate(self._parts):
+                script = decisions.script.cut(part, num_layers)
+                now_ns = play(self._routing_of(number), prices.cut(part), fixed, script, rule, clock, now_ns)
+            stop(fixed, clock, now_ns)
             if not clock.links[:, IS_FULL].any():
-                return clock, int(makespan_ns)
+                return clock, int(now_ns)
             room *= 16
+
+    def _routing_of(self, number: int) -> Routing:
+        """The routing of a part, from memory if there is room to keep it."""
+        if number in self._routing:
+            return self._routing[number]
+        routing = routing_of(self.workload, self._parts[number])
+        if sum(kept.num_bytes for kept in self._routing.values()) + routing.num_bytes <= _KEPT_ROUTING_BYTES:
+            self._routing[number] = routing
+        return routing
 
 
 def is_contended(hardware: Hardware) -> bool:
@@ -123,11 +135,9 @@ def is_compiled() -> bool:
 
 def compile_now() -> None:
     """Compile what replays a run, unless that is on disk: before processes start that would each do it."""
-    ints, few, small = np.zeros(1, np.int64), np.zeros(1, np.int32), np.zeros(1, np.uint16)
-    kinds, firsts = np.zeros(0, np.uint8), np.zeros(0, np.bool_)
-    routing = Routing(ints, ints, small, small, ints, few, kinds, few[:0], firsts, few[:0], ints[:0])
-    pairs = np.zeros((1, 2), np.int64)
-    prices = Prices(pairs, pairs, pairs, pairs, ints, ints, ints, ints, ints, ints)
-    decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, script=NO_SCRIPT)
+    prices = Prices(*np.zeros((4, 1, 2), np.int64), *np.zeros((6, 1), np.int64))
     fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
-    play(routing, prices, fixed, NO_SCRIPT, ruled(decisions, 1), new_clock(np.zeros((1, 1), np.bool_), FIRST_ROOM))
+    decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, script=NO_SCRIPT)
+    clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
+    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1), clock, 0)
+    stop(fixed, clock, 0)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tidesim.policies import Policy, Shape, forwards_of
 from tidesim.policies.rules import Rule
+from tidesim.replay.bits import num_bits
 from tidesim.residency import Moves, Placement, Residency, Swap
 from tidesim.workload import Workload
 
@@ -22,19 +23,24 @@ NOBODY = -1
 
 
 class Script(NamedTuple):
-    """Moves as compiled code reads them; experts are named through all layers, l * E + e, and -1 is nobody.
+    """Moves as compiled code reads them; experts are named as in `clock`, and -1 is nobody.
 
     Parameters
     ----------
     first : int64 [F * L + 1], where the moves of each layer of each forward begin.
     part : uint8, `REFRESH`, `KEEP`, `DROP` or `AHEAD`.
-    enter, leave : int32, who comes in, and who goes out for it.
+    layer : int32, where who comes in belongs. enter, leave : int32, who that is, and who goes out for it.
     """
 
     first: npt.NDArray[np.int64]
     part: npt.NDArray[np.uint8]
+    layer: npt.NDArray[np.int32]
     enter: npt.NDArray[np.int32]
     leave: npt.NDArray[np.int32]
+
+    def cut(self, forwards: slice, num_layers: int) -> "Script":
+        """The moves of some forwards, if it has any."""
+        return self._replace(first=self.first[forwards.start * num_layers : forwards.stop * num_layers + 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +59,7 @@ class Decisions:
     script: Script
 
 
-NO_SCRIPT = Script(np.zeros(1, np.int64), np.empty(0, np.uint8), np.empty(0, np.int32), np.empty(0, np.int32))
+NO_SCRIPT = Script(np.zeros(1, np.int64), np.empty(0, np.uint8), *np.empty((3, 0), np.int32))
 
 
 def decide(workload: Workload, policy: Policy, shape: Shape, *, is_background: bool) -> Decisions:
@@ -81,7 +87,7 @@ class _Writer:
 
     def __init__(self, residency: Residency, scratch: int) -> None:
         self._residency, self._scratch = residency, scratch
-        self._rows: list[tuple[int, int, int]] = []
+        self._rows: list[tuple[int, int, int, int]] = []
 
     def write(self, workload: Workload, policy: Policy, is_background: bool) -> Script:
         """The script of a run that has begun."""
@@ -103,17 +109,17 @@ class _Writer:
                 if is_background:
                     self._refresh(layer, policy.refresh(forward, layer, counts, everybody))
                 first.append(len(self._rows))
-        rows = np.array(self._rows, np.int32).reshape(-1, 3)
-        return Script(np.array(first), rows[:, 0].astype(np.uint8), rows[:, 1].copy(), rows[:, 2].copy())
+        part, *columns = np.array(self._rows, np.int32).reshape(-1, 4).T
+        return Script(np.array(first), part.astype(np.uint8), *map(np.ascontiguousarray, columns))
 
     def _refresh(self, layer: int, moves: Moves) -> None:
         self._write(REFRESH, layer, self._residency.apply(layer, moves))
 
     def _write(self, part: int, layer: int, swaps: Sequence[Swap]) -> None:
-        E = self._residency.num_experts
+        N = num_bits(self._residency.num_experts)
         for enter, leave in swaps:
             out = NOBODY
             if leave is not None:
                 home, victim = self._residency.victim(layer, leave)
-                out = home * E + victim
-            self._rows.append((part, NOBODY if enter is None else layer * E + enter, out))
+                out = home * N + victim
+            self._rows.append((part, layer, NOBODY if enter is None else layer * N + enter, out))
