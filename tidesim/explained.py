@@ -3,7 +3,7 @@
 They are made of the plain data that `to_dict` gives, as it stands in a command's JSON as well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -20,6 +20,34 @@ def critical_path_tables(document: Document) -> RenderableType:
     return Group(
         facts_of("Critical path", _found_on(document)), _resources(document), _works(document), _stretches(document)
     )
+
+
+def shadow_price_table(rows: Sequence[Document]) -> RenderableType:
+    """`ShadowPrice.to_dict` of each: what would be gained by what, the most first."""
+    before = rows[0]["before_tok_per_s"] if rows else 0.0
+    title = f"What more would give, against {before:.2f} tok/s on the machine as it is"
+    table = table_of(title, left=("what",), right=("tok/s", "gain"))
+    table.add_column("changed in the profile", overflow="fold")
+    for row in rows:
+        slots = f" ({row['num_slots']} experts more)" if row["num_slots"] else ""
+        changed = f"{', '.join(row['figures'])} x {row['factor']:.3g}"
+        table.add_row(row["name"] + slots, f"{row['after_tok_per_s']:.2f}", f"{100 * row['gain']:+.1f} %", changed)
+    return table
+
+
+def near_optimal_table(rows: Sequence[Document], best_tok_per_s: float, within: float = 0.02) -> RenderableType:
+    """`Candidate.to_dict` of each, the simplest first: what is nearly as fast as the fastest."""
+    moves = {"never": "nobody moves", "refresh": "refreshes", "fetch": "fetches misses"}
+    title = f"Within {100 * within:g} % of the fastest ({best_tok_per_s:.2f} tok/s), the simplest first"
+    table = table_of(
+        title, left=("choice", "experts move", "layers"), right=("parameters", "experts", "tok/s", "slower by")
+    )
+    for row in rows:
+        layers = "all the same" if row["is_uniform"] else "uneven"
+        slower = 1 - row["tok_per_s"] / best_tok_per_s
+        cells = (str(row["num_params"]), str(sum(row["budget"])), f"{row['tok_per_s']:.2f}", f"{100 * slower:.1f} %")
+        table.add_row(row["description"], moves[row["moving"]], layers, *cells)
+    return table
 
 
 def _found_on(document: Document) -> dict[str, str]:
