@@ -125,5 +125,6 @@ def run_case(case, **changes):
         execution=used,
         decisions=changes.get("decisions"),
         timeline=changes.get("timeline"),
+        tasks=changes.get("tasks"),
         is_memory_checked=False,
     )

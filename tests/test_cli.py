@@ -104,6 +104,22 @@ def test_decisions_and_timeline_are_written(run: Run, tmp_path: Path, base: tupl
     assert max(e["ts"] + e["dur"] for e in events if e["ph"] == "X") <= result["makespan_s"] * 1e6 + 1e-3
 
 
+@pytest.mark.parametrize("engine", ["simpy", "replay"])
+def test_a_run_says_what_it_waits_for_when_asked(run: Run, base: tuple[str, ...], engine: str) -> None:
+    words = (*base, "--policy", "tide", "--budget", 32, "--engine", engine, "--critical-path")
+    code, out, _ = run(*words, "--json")
+    assert code == 0
+    path = json.loads(out)["critical_path"]
+    assert path["num_forwards"] == path["all_forwards"] == json.loads(out)["num_forwards"]
+    assert {row["resource"] for row in path["resources"]} == {*RESOURCES, "launch"}
+    assert sum(row["share"] for row in path["resources"]) == pytest.approx(1)
+    assert sum(row["path_s"] for row in path["works"]) == pytest.approx(path["makespan_s"])
+    out = run(*words)[1]
+    assert "What the run waits for" in out
+    assert f"all {path['num_forwards']} forwards (2 sequences)" in out
+    assert "critical_path" not in json.loads(run(*words[:-1], "--json")[1])
+
+
 def test_context_follows_the_execution_unless_told(run: Run, base: tuple[str, ...]) -> None:
     def context_of(*more: str) -> tuple[str, str]:
         result = json.loads(run(*base, "--policy", "static", "--budget", 32, "--json", *more)[1])

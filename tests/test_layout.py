@@ -16,14 +16,14 @@ ROOT = PACKAGE.parent
 # Imports point to a lower rank only.
 RANKS = (
     ("errors",),
-    ("batches", "shipped", "workers"),
+    ("batches", "shipped", "tables", "workers"),
     ("moe", "hardware", "workload", "residency", "result"),
     ("trace_format", "execution"),
     ("trace", "policies"),
     ("paper_run",),
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
-    ("timing",),
-    ("planner",),
+    ("timing", "critical_path", "alternatives"),
+    ("planner", "explained", "what_if"),
     ("comparison", "study"),
     ("engine", "report", "console"),
     ("validate",),
@@ -32,7 +32,7 @@ RANKS = (
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 ONLY_USER = {"yaml": "hardware", "h5py": "trace", "simpy": "simulator", "pulp": "planner", "torch": "engine"}
-ONLY_USER |= {"pandas": "study", "dask": "study", "distributed": "study"}
+ONLY_USER |= {"pandas": "study", "dask": "study", "distributed": "study", "networkx": "critical_path"}
 # Lazy on purpose: the commands that run the network import it inside.
 LAZY = {("cli", "torch"), ("cli", "engine"), ("cli", "validate")}
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tidesim.execution import GIB
+from tidesim.explained import critical_path_tables
 from tidesim.result import PARTS
+from tidesim.tables import facts_of, table_of
 
 Document = Mapping[str, Any]
 
@@ -84,7 +85,7 @@ def steps(title: str) -> Iterator[Callable[[str, float], None]]:
 def recording_table(document: Document) -> RenderableType:
     """What a tracing run did."""
     tokens, seconds = document["generated_tokens"], document["generate_s"]
-    return _facts(
+    return facts_of(
         "Recorded",
         {
             "file": document["path"],
@@ -99,7 +100,7 @@ def recording_table(document: Document) -> RenderableType:
 def trace_table(document: Document) -> RenderableType:
     """What a trace is."""
     how = "with KV cache" if document["kv_cache"] else "without KV cache"
-    return _facts(
+    return facts_of(
         "Trace",
         {
             "file": document["path"],
@@ -144,7 +145,7 @@ def statistics_tables(document: Document) -> RenderableType:
         "used_share": "experts ever used",
     }
     origin = document["trace"]["origin"]
-    table = _table("Routing statistics", left=("quantity",), right=(f"this trace ({origin})",))
+    table = table_of("Routing statistics", left=("quantity",), right=(f"this trace ({origin})",))
     table.add_column("published")
     for key, name in names.items():
         table.add_row(name, _figure(found[key]), _PUBLISHED.get(key, ""))
@@ -174,7 +175,7 @@ def _layer_table(found: Document) -> Table:
     }
     if found["lookahead_share"] is not None:
         columns["foretold"] = "lookahead_share_by_layer"
-    table = _table("By MoE layer", left=(), right=("layer", *columns))
+    table = table_of("By MoE layer", left=(), right=("layer", *columns))
     for layer in range(len(found["distinct_experts_by_layer"])):
         cells = [found[key][layer] if layer < len(found[key]) else None for key in columns.values()]
         table.add_row(str(layer), *map(_figure, cells))
@@ -189,7 +190,7 @@ def _figure(value: float | None) -> str:
 
 
 def result_tables(document: Document) -> RenderableType:
-    """One run: what was run, what it came to, and where the time went."""
+    """One run: what was run, what it came to, where the time went, and what it waited for if that was asked."""
     how = "measured" if document["is_measured"] else "predicted"
     facts = {
         "model": document["model"],
@@ -211,12 +212,15 @@ def result_tables(document: Document) -> RenderableType:
         listed = " + ".join(f"{name} {num_bytes / GIB:.3f}" for name, num_bytes in taken.items())
         facts["device memory"] = f"{listed} = {sum(taken.values()) / GIB:.3f} GiB"
     title = "Measured run" if document["is_measured"] else "Simulated run"
-    return Group(_facts(title, facts), part_table(document))
+    tables: list[RenderableType] = [facts_of(title, facts), part_table(document)]
+    if "critical_path" in document:
+        tables.append(critical_path_tables(document["critical_path"]))
+    return Group(*tables)
 
 
 def part_table(document: Document) -> Table:
     """Where the time of one run goes: each part in seconds and as a share of the makespan, and what it is."""
-    table = _table("Where the time goes", left=("part",), right=("time", "share"))
+    table = table_of("Where the time goes", left=("part",), right=("time", "share"))
     table.add_column("what it is")
     for part, meaning in PARTS.items():
         part_s = document["breakdown_s"][part]
@@ -229,7 +233,7 @@ def part_table(document: Document) -> Table:
 def breakdown_table(documents: Sequence[Document]) -> Table:
     """Runs side by side: milliseconds a forward, and the share of the makespan by part."""
     parts = [part.replace("_", " ") for part in PARTS]
-    table = _table("Where the time goes", left=("run",), right=("ms a forward", *parts))
+    table = table_of("Where the time goes", left=("run",), right=("ms a forward", *parts))
     for document in documents:
         shares = [100 * document["breakdown_s"][part] / document["makespan_s"] for part in PARTS]
         forward_ms = 1e3 * document["makespan_s"] / document["num_forwards"]
@@ -257,7 +261,7 @@ def comparison_tables(document: Document) -> RenderableType:
     columns = ("tok/s", "of ceiling", "hits", "GB copied", *parts.values(), "link")
     is_whole = document["has_own_executions"]
     left = ("policy", "execution") if is_whole else ("policy",)
-    table = _table("Policies, by predicted throughput", left=left, right=columns)
+    table = table_of("Policies, by predicted throughput", left=left, right=columns)
     for row in document["rows"]:
         if row["is_best_of_family"] or row["refresh_interval"] == 1:
             shares = [100 * row["breakdown_s"][part] / row["makespan_s"] for part in parts]
@@ -267,7 +271,7 @@ def comparison_tables(document: Document) -> RenderableType:
             table.add_row(*([row["name"], row["execution"]] if is_whole else [row["name"]]), *cells)
     notes = [f"Note: {warning}" for warning in document["warnings"]]
     notes += [f"Left out: {name}, {reason}" for name, reason in document["left_out"].items()]
-    return Group(_facts("Comparison", facts), table, "\n".join(notes))
+    return Group(facts_of("Comparison", facts), table, "\n".join(notes))
 
 
 def _batch(batch_size: int) -> str:
@@ -288,24 +292,6 @@ def _per_layer(value: int | Sequence[int]) -> str:
 
 def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
-
-
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _facts(title: str, facts: Mapping[str, object]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, str(value))
-    return table
 
 
 # --- plans ---
@@ -335,7 +321,7 @@ def plan_tables(document: Document) -> RenderableType:
     }
     facts |= {f"TIDE's own programme ({tide['policy']})": _tide(tide) for tide in document["tide"]}
     runs = [{**document["predicted"], "label": "this plan"}, *_labelled(document["baselines"])]
-    return Group(_facts("Plan", facts), _ranking(document), breakdown_table(runs))
+    return Group(facts_of("Plan", facts), _ranking(document), breakdown_table(runs))
 
 
 def _ranking(document: Document) -> Table:
@@ -343,7 +329,7 @@ def _ranking(document: Document) -> Table:
     scored = document["held_out"]
     held_out = {} if scored is None else {run["baseline"]: run for run in scored["baselines"]}
     right = ("planned on, tok/s", "held out, tok/s", "plan is faster by", "hit rate")
-    table = _table("Predicted throughput, with as many experts on the device", left=("",), right=right)
+    table = table_of("Predicted throughput, with as many experts on the device", left=("",), right=right)
     plan_s = document["predicted"]["tok_per_s"]
     best = scored["tok_per_s"] if scored else None
     table.add_row("this plan", f"{plan_s:.2f}", _rate(scored), "", f"{100 * document['predicted']['hit_rate']:.1f} %")
@@ -408,7 +394,7 @@ def sweep_tables(document: Document) -> RenderableType:
         _sweep_table("Fastest for their memory: none is as fast with less", front[:_MOST_ROWS], document["varied"]),
     ]
     more = [f"{len(front) - _MOST_ROWS} more rows: tidesim.study.pareto gives all."] if len(front) > _MOST_ROWS else []
-    return Group(_facts("Study", facts), *tables, *more)
+    return Group(facts_of("Study", facts), *tables, *more)
 
 
 _MOST_ROWS = 40
@@ -417,7 +403,7 @@ _MOST_ROWS = 40
 def _sweep_table(title: str, rows: Sequence[Document], varied: Sequence[str]) -> Table:
     """Rows of a study, with those settings that it varies."""
     right = ("refresh", "budget", "tok/s", "hits", "device GiB")
-    table = _table(title, left=("machine", *(name.replace("_", " ") for name in varied)), right=right)
+    table = table_of(title, left=("machine", *(name.replace("_", " ") for name in varied)), right=right)
     for row in rows:
         table.add_row(
             row["machine"],
@@ -441,11 +427,11 @@ def profile_tables(document: Document) -> RenderableType:
         "machine": document["description"],
         "check": f"a real denoising step is predicted {100 * document['step_error']:+.1f} % off",
     }
-    table = _table("Figures", left=("figure",), right=("value",))
+    table = table_of("Figures", left=("figure",), right=("value",))
     table.add_column("how", overflow="fold")
     for path, figure in _figures(document):
         table.add_row(path, figure["value"], figure["source"])
-    return Group(_facts("Calibrated", facts), table)
+    return Group(facts_of("Calibrated", facts), table)
 
 
 def _figures(node: Document, path: str = "") -> Iterator[tuple[str, dict[str, str]]]:
@@ -468,7 +454,7 @@ def _figures(node: Document, path: str = "") -> Iterator[tuple[str, dict[str, st
 def validation_tables(document: Document) -> RenderableType:
     """Predicted and measured side by side, and how well they agree over the whole grid."""
     right = ("predicted, tok/s", "measured, tok/s", "error", "spread", "at one speed", "error", "spread", "differences")
-    table = _table("Predicted and measured", left=("case",), right=right)
+    table = table_of("Predicted and measured", left=("case",), right=right)
     for row in document["rows"]:
         table.add_row(
             row["case"],
@@ -491,7 +477,7 @@ def validation_tables(document: Document) -> RenderableType:
         "yardstick timed beside it",
         "decisions": f"{document['num_differences']} differ between engine and simulator",
     }
-    return Group(table, _facts("Agreement", facts))
+    return Group(table, facts_of("Agreement", facts))
 
 
 def _agreement(figures: Document) -> str:

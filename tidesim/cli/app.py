@@ -108,6 +108,9 @@ TimelineOption = Annotated[Path | None, typer.Option("--timeline", help="Write w
 DecisionsOption = Annotated[
     Path | None, typer.Option("--decisions", help="Write every promotion and eviction, one line a layer.")
 ]
+CriticalPathFlag = Annotated[
+    bool, typer.Option("--critical-path", help="Say what the run waits for, and what would be gained without it.")
+]
 IgnoreMemoryFlag = Annotated[bool, typer.Option("--ignore-memory", help="Do not ask whether the device can hold it.")]
 OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")]
 

@@ -12,6 +12,7 @@ from tidesim.cli.app import (
     BatchOption,
     BudgetOption,
     ContextOption,
+    CriticalPathFlag,
     DecisionsOption,
     EngineChoice,
     EngineOption,
@@ -39,6 +40,7 @@ from tidesim.cli.app import (
 )
 from tidesim.comparison import OWN_EXECUTIONS
 from tidesim.comparison import compare as run_comparison
+from tidesim.critical_path import critical_path as find_critical_path
 from tidesim.errors import InputError
 from tidesim.execution import Execution, execution, largest_budget
 from tidesim.hardware import Hardware, load_hardware
@@ -126,6 +128,7 @@ def simulate(
     ignore_memory: IgnoreMemoryFlag = False,
     timeline: TimelineOption = None,
     decisions: DecisionsOption = None,
+    critical_path: CriticalPathFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -160,7 +163,10 @@ def simulate(
             )
     if timeline is not None and intervals is not None:
         save_timeline(intervals, result, timeline)
-    console.show(result.to_dict(), console.result_tables, as_json)
+    document = result.to_dict()
+    if critical_path:
+        document["critical_path"] = find_critical_path(workload, sizes, machine, made, **settings).to_dict()
+    console.show(document, console.result_tables, as_json)
 
 
 @app.command()

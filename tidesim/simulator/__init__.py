@@ -40,6 +40,7 @@ So residency, hits, misses and moves never depend on the clock, and no result de
 same instant.
 """
 
+from tidesim.simulator.recording import END, LAUNCH, Task
 from tidesim.simulator.run import simulate
 
-__all__ = ["simulate"]
+__all__ = ["END", "LAUNCH", "Task", "simulate"]

@@ -144,12 +144,12 @@ class Run:
         for arrival in arrivals:
             yield from self.wait_for(arrival, "copy_wait", layer)
         yield from self.compute("experts", "device", (work.kernel_ns, work.launch_ns), forward.index, layer)
-        residents_done.succeed()
+        self.tell(residents_done)
         for expert, arrival in zip(ran, coming, strict=True):
             if expert in missed:
                 yield from self.wait_for(arrival, "copy_wait", layer)
                 yield from self.run_fetched(forward, layer, routed, expert)
-            ran[expert].succeed()
+            self.tell(ran[expert])
         yield from self.join_host(forward, layer, work, result)
         return ahead
 
@@ -195,8 +195,12 @@ class Run:
         self.books.spend(layer, part, start_ns)
         start_ns = self.books.now_ns
         if launch_ns:
-            yield self.env.timeout(launch_ns)
+            yield self.launch(launch_ns, forward, layer)
         self.books.spend(layer, "launch", start_ns)
+
+    def launch(self, launch_ns: int, forward: int, layer: int | None) -> simpy.Event:
+        """Launching kernels, as far as it outlasts them: nothing but the main process is busy with it."""
+        return self.env.timeout(launch_ns)
 
     def run_fetched(self, forward: ForwardInfo, layer: int, routed: Routed, expert: int) -> Story:
         """An expert that was fetched runs alone."""
@@ -207,6 +211,10 @@ class Run:
         start_ns = self.books.now_ns
         yield event
         self.books.spend(layer, part, start_ns)
+
+    def tell(self, event: simpy.Event) -> None:
+        """The main process says that `event` has happened."""
+        event.succeed()
 
     def call_host(self, forward: ForwardInfo, layer: int, work: Work) -> simpy.Event | None:
         """Have the host compute its part of `layer`; the event of its result, None if it has none."""
