@@ -24,7 +24,7 @@ RANKS = (
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
     ("timing",),
     ("planner",),
-    ("comparison", "study"),
+    ("comparison", "exports", "study"),
     ("engine", "report", "console"),
     ("validate",),
     ("cli",),

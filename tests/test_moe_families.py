@@ -181,6 +181,12 @@ def test_shipped_networks_say_where_their_sizes_are_from() -> None:
     assert (load_moe_config("sdar-30b-a3b").block_length, load_moe_config("llada-moe-7b-a1b").block_length) == (4, 32)
 
 
+def test_parts_are_among_the_sizes_only_where_they_differ_from_llada2() -> None:
+    assert not {"name", "layout", "latent"} & read(LLADA2).sizes().keys()
+    assert "layout" in read(OLMOE).sizes()
+    assert read(DEEPSEEK_V3).sizes()["latent"]["kv_rank"] == 512
+
+
 def test_dense_layers_come_first() -> None:
     dense_first = read({**LLADA_MOE, "moe_layer_freq": [0, 0] + [1] * 14})
     assert (dense_first.num_dense_layers, dense_first.num_layers) == (2, 14)

@@ -6,7 +6,7 @@ an always-on shared expert. `families` reads its fields from the `config.json` o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from tidesim.errors import ModelError
@@ -61,6 +61,17 @@ class MoEConfig:
     def with_weight_bits(self, weight_bits: int) -> Self:
         """The same network with its routed experts stored at `weight_bits` (4, 8 or 16) per weight."""
         return replace(self, weight_bits=weight_bits)
+
+    def sizes(self) -> dict[str, Any]:
+        """Every field but the name, ready for JSON. Parts that are as in LLaDA2 are left out, so that what was written
+        before there were others stays the same.
+        """
+        mine = asdict(self)
+        del mine["name"]
+        for part, usual in (("layout", LLADA2_LAYOUT), ("latent", None)):
+            if getattr(self, part) == usual:
+                del mine[part]
+        return mine
 
     # --- parameters ---------------------------------------------------------------------------------------
 
