@@ -242,6 +242,10 @@ def test_a_bad_profile_names_file_field_and_rule(
         (("--policy", "static", "--budget", 8, "--hardware", "rtx4080"), "did you mean"),
         (("--policy", "static", "--budget", 8, "--trace", "nothing.h5"), "no trace"),
         (("--policy", "static", "--budget", 8, "--model", "llada9"), "no model"),
+        (
+            ("--policy", "static", "--budget", 8, "--model", "llada-moe-7b-a1b"),
+            "none is shipped, and `tidesim synthesize",
+        ),
         (("--policy", "static", "--budget", 8, "--reserve-gib", -1), "reserve-gib"),
         (("--policy", "all-device"), "GiB"),
     ],

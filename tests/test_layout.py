@@ -24,7 +24,7 @@ RANKS = (
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
     ("timing", "critical_path", "alternatives"),
     ("planner", "explained", "what_if"),
-    ("comparison", "study"),
+    ("comparison", "exports", "study"),
     ("engine", "report", "console"),
     ("validate",),
     ("cli",),

@@ -27,11 +27,11 @@ from tidesim.cli.app import (
 from tidesim.errors import InputError
 from tidesim.execution import GIB, Execution, execution
 from tidesim.hardware import Hardware, load_hardware
+from tidesim.moe import find_model
 from tidesim.planner import Plan
 from tidesim.policies import POLICIES, policy
 from tidesim.policies.knowledge import PREDICTORS, Knowledge
 from tidesim.report import check_picture, save_timeline, save_validation
-from tidesim.shipped import find_shipped
 from tidesim.trace import Trace, Workload
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def trace(
                 console.note(f"{text}\n{'-' * 40}")
 
         recording = record(
-            find_shipped("models", model),
+            find_model(model),
             requests,
             sampler,
             out,
@@ -197,7 +197,7 @@ def run(
                 outcome = session.replay(opened, range(len(opened.sequences))[:sequences])
         else:
             outcome = session.answer(
-                find_shipped("models", model),
+                find_model(model),
                 requests,
                 sampler,
                 record=record,
@@ -235,7 +235,7 @@ def calibrate(
     settings, _ = _device(device, device_threads, host_threads, pace)
     with console.steps("calibrating") as step:
         profile, error = calibrated_profile(
-            find_shipped("models", model),
+            find_model(model),
             settings,
             _calibration(settings, device_memory_gib, drive_folder),
             name=name or out.stem,
@@ -300,7 +300,7 @@ def validate(
             source = ForcedSource(first, opened, range(len(opened.sequences))[:sequences], forwards)
         else:
             requests = read_prompts(prompts, limit, is_chat=False)
-            folder, sampler = find_shipped("models", model), Sampler(gen_length=gen_length)
+            folder, sampler = find_model(model), Sampler(gen_length=gen_length)
             source = PromptSource(first, folder, requests, sampler, out / "routing.h5")
         cases = default_grid(num_experts) if grid is None else read_grid(grid, num_experts, predictor)
         validation = run_validation(
@@ -374,7 +374,7 @@ def _profile(hardware: str | None, settings: "DeviceSettings", model: str, out: 
     if hardware is not None or kept.is_file():
         return load_hardware(hardware or str(kept))
     with console.steps("calibrating") as step:
-        shape = find_shipped("models", model)
+        shape = find_model(model)
         how = _calibration(settings, None, out)
         profile, _ = calibrated_profile(shape, settings, how, name="this machine", seed=seed, progress=step)
     profile.to_yaml(kept)
@@ -391,8 +391,8 @@ def _model(
     with console.steps("opening") as step:
         step("the model; its kernels are compiled the first time, which takes a while", 0)
         if dummy_weights is None:
-            return open_model(find_shipped("models", model), settings)
-        return dummy_model(find_shipped("models", dummy_weights), settings, layers, seed)
+            return open_model(find_model(model), settings)
+        return dummy_model(find_model(dummy_weights), settings, layers, seed)
 
 
 class _Asked(NamedTuple):

@@ -44,7 +44,7 @@ from tidesim.critical_path import critical_path as find_critical_path
 from tidesim.errors import InputError
 from tidesim.execution import Execution, execution, largest_budget
 from tidesim.hardware import Hardware, load_hardware
-from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
+from tidesim.moe import MoEConfig, find_model, load_moe_config, read_hf_config
 from tidesim.paper_run import RunSettings
 from tidesim.planner import plan as make_plan
 from tidesim.planner import split_sequences
@@ -52,7 +52,6 @@ from tidesim.policies import POLICIES, Policy
 from tidesim.policies.knowledge import Knowledge
 from tidesim.report import check_picture, save_comparison, save_timeline
 from tidesim.result import Interval
-from tidesim.shipped import find_shipped
 from tidesim.simulator import simulate as run_simulation
 from tidesim.statistics import trace_statistics
 from tidesim.synthesize import synthesize as write_synthetic
@@ -85,7 +84,7 @@ def synthesize(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a synthetic trace whose routing meets the published statistics of LLaDA2.0."""
-    folder = find_shipped("models", shape)
+    folder = find_model(shape)
     with console.progress("synthesizing") as advance:
         write_synthetic(
             read_hf_config(folder),

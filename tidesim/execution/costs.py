@@ -142,7 +142,7 @@ class Costs:
         tokens, context_tokens = _wide(tokens), _wide(context_tokens)
         context_bytes = context_tokens * model.kv_bytes_per_token_layer
         pairs = tokens * (context_tokens + tokens) if attended_pairs is None else _wide(attended_pairs)
-        attention_flops = 4 * pairs * (model.num_heads * model.head_dim)
+        attention_flops = pairs * model.attention_flops_per_pair
         if device.dense_curve is not None:
             attention_s = _roofline_s(context_bytes, attention_flops, device.bytes_per_s, device.flops_per_s)
             return device.dense_curve.product_s(tokens, params) + attention_s

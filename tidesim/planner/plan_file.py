@@ -37,13 +37,12 @@ class ModelSizes:
     @classmethod
     def of(cls, model: MoEConfig) -> Self:
         """The sizes of `model`. Its name is not part of the fingerprint: a folder may be called anything."""
-        sizes = {name: size for name, size in asdict(model).items() if name != "name"}
         return cls(
             name=model.name,
             num_layers=model.num_layers,
             num_experts=model.num_experts,
             expert_bytes=model.expert_bytes,
-            fingerprint=hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest(),
+            fingerprint=hashlib.sha256(json.dumps(model.sizes(), sort_keys=True).encode()).hexdigest(),
         )
 
 
