@@ -51,7 +51,8 @@ def test_the_presets_of_our_engine_differ_where_their_devices_do():
     assert (engine.kv_cache, engine.logits, engine.is_pinned, engine.copies) == (True, "block", True, "background")
     assert (engine.kernels, engine.host, engine.host_calls, engine.launch) == ("grouped", "parallel", "layer", "eager")
     assert (engine.copies_per_expert, engine.write_back, engine.is_async, engine.home) == (1, False, True, "host")
-    ops = {"ops_per_layer": 22, "ops_per_dense_layer": 13, "ops_per_forward": 35}
+    ops = {"ops_per_layer": 22, "ops_per_dense_layer": 13, "ops_per_expert": 6, "ops_per_forward": 35}
+    ops |= {f"graph_kernels_per_{part}": 0 for part in ("layer", "dense_layer", "forward")}
     assert emulated == replace(engine, name="emulated", activation_bytes=4, is_async=False, **ops)
     assert disk == replace(emulated, name="disk", home="disk", host="serial")
 
@@ -208,8 +209,23 @@ def test_a_curve_of_the_device_replaces_the_roofline_of_an_expert():
     assert grouped.loop_ns.tolist() == loop.loop_ns.tolist()
     assert grouped.experts_ns(450, 2, 4) == (490, 0)
     assert grouped.experts_ns(0, 0, 0) == (0, 0)
-    # Alone, a fetched expert is a group of one.
-    assert grouped.alone_ns(200) == (240, 0)
+    # Alone, a fetched expert takes GEMMs of its own; where the device is a CPU, it is a group of one.
+    assert grouped.alone_ns(200) == (200, 50)
+    assert costs(hardware=hardware("device", **measured), kernels="grouped", is_async=False).alone_ns(200) == (240, 0)
+
+
+def test_kernels_of_a_graph_take_a_bare_launch_each_beside_the_ops():
+    slow = hardware("device", eager_op_s=100e-9, kernel_launch_s=30e-9)
+    counts = {
+        f"graph_kernels_per_{part}": number for part, number in (("layer", 7), ("dense_layer", 5), ("forward", 3))
+    }
+    made = costs(replace(TOY, num_dense_layers=2), slow, **counts)
+    one = np.array([3]), np.array([0])
+    assert ints(*made.layer_ns(*one)) == ([1000], [1000 + 210 - 1000])
+    assert ints(*made.entry_ns(*one)) == ([2533], [0])
+    assert ints(*made.head_ns(*one[:1], np.array([3]))) == ([1000], [1000 + 90 - 1000])
+    slower = costs(replace(TOY, num_dense_layers=2), hardware("device", kernel_launch_s=300e-9), **counts)
+    assert ints(*slower.entry_ns(*one)) == ([2533], [3000 - 2533])
 
 
 def test_a_curve_of_the_host_replaces_the_roofline_of_an_expert():

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tidesim.engine.kernel import Pairs
+from tidesim.engine.slots import Place
 from tidesim.engine.times import Span
 from tidesim.errors import InputError
 from tidesim.execution import Execution
@@ -55,6 +56,14 @@ class Batch(NamedTuple):
             return slice(self.num_hits, len(self.pairs.tokens))
         return np.concatenate([np.arange(first[key], first[key + 1]) for key in keys])
 
+    def runs_of(self, experts: Ints) -> list[slice]:
+        """The same as few slices, for ascending `experts`."""
+        first, keys = self.pairs.first, self.num_slots + experts
+        begins, ends = first[keys], first[keys + 1]
+        gaps = np.flatnonzero(begins[1:] > ends[:-1])
+        starts, stops = begins[np.concatenate(([0], gaps + 1))], ends[np.concatenate((gaps, [len(keys) - 1]))]
+        return [slice(*pair) for pair in zip(starts.tolist(), stops.tolist(), strict=True)]
+
 
 class Backend(Protocol):
     """Memories, copies and computations of one machine. Experts are copied in the order in which that is asked for.
@@ -69,10 +78,10 @@ class Backend(Protocol):
     def open_slots(self, slabs: Sequence[int]) -> None:
         """Set up slabs of so many empty slots each."""
 
-    def copy(self, layer: int, expert: int, slab: int, slot: int) -> Any:
-        """Begin to copy an expert into a slot, behind all copies begun before; returns its arrival.
+    def copy(self, places: Sequence[Place]) -> Sequence[Any]:
+        """Begin to copy experts into their slots, one after another, behind all copies begun before; their arrivals.
 
-        What was begun on the device before may still use the slot: the copy waits for that.
+        What was begun on the device before may still use the slots: the copies wait for that.
         """
 
     def has_arrived(self, arrival: Any) -> bool:
@@ -82,7 +91,7 @@ class Backend(Protocol):
         """Have the device do nothing more until a copy is done. Raise what the copy raised."""
 
     def ids_on_host(self, expert_ids: Tensor) -> Ints:
-        """The choices [T, K] of a forward, on the host; waits for the device to have made them."""
+        """The choices [T, K] of a forward, on the host; waits until the device has made them and all before."""
 
     def run_residents(self, slab: int, batch: Batch) -> None:
         """Run the experts in `batch.used_slots` of a slab on their pairs, all at once."""
@@ -103,7 +112,10 @@ class Backend(Protocol):
         """A point in time of the device."""
 
     def elapsed_ns(self, stamps: Sequence[Any]) -> list[int]:
-        """Nanoseconds from each stamp to the next, once the device has passed the last one."""
+        """Nanoseconds from each stamp to the next, once the device has passed the last one.
+
+        The stamps may be used for other points in time after that.
+        """
 
     def busy_ns(self) -> dict[str, int]:
         """How long "host" and "h2d" have been at work since the slots were opened."""

@@ -23,6 +23,7 @@ from tidesim.engine.cores import Cores
 from tidesim.engine.host_weights import addresses, expert_numel, plain_memory
 from tidesim.engine.kernel import ExpertWeights
 from tidesim.engine.model import NetworkConfig
+from tidesim.engine.slots import Place
 from tidesim.engine.times import Span
 
 Floats = npt.NDArray[np.float32]
@@ -124,6 +125,14 @@ class CpuBackend:
         """See `offload.Backend`."""
         self.slabs = [plain_memory((num_slots, expert_numel(self.config)), self.dtype) for num_slots in slabs]
         self._slots_at = [addresses(slab, self.config) for slab in self.slabs]
+
+    def copy(self, places: Sequence[Place]) -> list[Future[None]]:
+        """See `offload.Backend`."""
+        return [self.copy_one(*place) for place in places]
+
+    def copy_one(self, layer: int, expert: int, slab: int, slot: int) -> Future[None]:
+        """Begin to copy one expert; its arrival."""
+        raise NotImplementedError
 
     def has_arrived(self, arrival: Future[None]) -> bool:
         """See `offload.Backend`."""

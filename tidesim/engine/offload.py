@@ -62,7 +62,8 @@ class Offload:
 
     Attributes
     ----------
-    forced : expert ids [T, L, K] to use in place of the router's in the next forward; set by whoever replays a trace.
+    forced : expert ids [T, L, K] to use in place of the router's in the next forward, once the router has chosen; set
+        by whoever replays a trace.
 
     Raise InputError if the engine cannot follow `execution`, BudgetError if a budget exceeds the number of experts.
     """
@@ -92,13 +93,13 @@ class Offload:
             is_pooled=policy.scope == "network",
             scratch=policy.scratch_experts(self.num_experts),
         )
-        self.forced: Tensor | None = None
+        self.forced: Ints | None = None
         self.hits = self.misses = self.promotions = self.evictions = self.drops = self.num_forwards = 0
         self.times = Times(len(self.budgets), is_detailed)
         self._next = ForwardInfo(-1, -1, ForwardKind.DENOISE, 0, 0, is_first_block=False, tokens=0)
         backend.open_slots(self.slots.sizes)
         # Filling the slots is no part of the run.
-        for arrival in [backend.copy(*place) for place in self.slots.places()]:
+        for arrival in backend.copy(list(self.slots.places())):
             backend.wait_for(arrival)
         self._busy_before_ns = backend.busy_ns()
         for layer, moe in enumerate(network.moe_layers):
@@ -145,8 +146,9 @@ class Offload:
 
     def run_layer(self, layer: int, x: Tensor, routing: Routing) -> Tensor:
         """The routed experts of one layer, and the policy's moves before or after them. -> [T, D] float32."""
-        expert_ids = routing.expert_ids if self.forced is None else self.forced[:, layer]
-        ids = self.backend.ids_on_host(expert_ids)
+        ids = self.backend.ids_on_host(routing.expert_ids)
+        if self.forced is not None:
+            ids = np.ascontiguousarray(self.forced[:, layer])
         self._passed("dense", layer)
         counts = np.bincount(ids.ravel(), minlength=self.num_experts).astype(np.int32)
         policy, everybody = self.policy, self.slots.residency.everybody
@@ -220,12 +222,13 @@ class Offload:
     def _move_now(self, waiting: int, layer: int, moves: Moves) -> None:
         """Do moves while everything else waits; the time is that of the layer that is `waiting`."""
         self._passed("launch", waiting)
-        self._wait(waiting, [self.backend.copy(*place) for place in self.slots.apply(layer, moves)])
+        self._wait(waiting, self.backend.copy(self.slots.apply(layer, moves)))
 
     def _move_later(self, layer: int, moves: Moves) -> None:
         """Do the moves of a refresh on paper, and leave the copies to the copy stream."""
-        for place in self.slots.apply(layer, moves):
-            self.slots.in_flight[layer][place.expert] = self.backend.copy(*place)
+        places = self.slots.apply(layer, moves)
+        for place, arrival in zip(places, self.backend.copy(places), strict=True):
+            self.slots.in_flight[layer][place.expert] = arrival
 
     def _needed(self, layer: int, counts: Counts) -> list[Any]:
         """Arrivals of the experts that are on their way and have rows to run now."""

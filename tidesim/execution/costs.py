@@ -63,7 +63,9 @@ class Costs:
         model = self.model
         params = model.attention_params + model.router_params + model.shared_params
         kernel_ns = _ns(self._layer_s(params, tokens, context_tokens, attended_pairs))
-        return kernel_ns, self._unhidden_ns(kernel_ns, self._launch_ns(self.execution.ops_per_layer))
+        execution = self.execution
+        launch_ns = self._launch_ns(execution.ops_per_layer, execution.graph_kernels_per_layer)
+        return kernel_ns, self._unhidden_ns(kernel_ns, launch_ns)
 
     def entry_ns(self, tokens: Rows, context_tokens: Rows, attended_pairs: Rows | None = None) -> tuple[Ints, Ints]:
         """The same of what comes before the MoE layers: the embedding (rows read and written) and the dense layers."""
@@ -72,7 +74,10 @@ class Costs:
         embedding_s = 2 * _wide(tokens) * model.hidden_bytes / self.hardware.device.bytes_per_s
         layer_s = self._layer_s(params, tokens, context_tokens, attended_pairs)
         kernel_ns = _ns(embedding_s + num_dense * layer_s)
-        launch_ns = self._launch_ns(num_dense * self.execution.ops_per_dense_layer)
+        execution = self.execution
+        launch_ns = self._launch_ns(
+            num_dense * execution.ops_per_dense_layer, num_dense * execution.graph_kernels_per_dense_layer
+        )
         return kernel_ns, self._unhidden_ns(kernel_ns, launch_ns)
 
     def head_ns(self, tokens: Rows, logit_tokens: Rows) -> tuple[Ints, Ints]:
@@ -87,7 +92,8 @@ class Costs:
             kernel_ns = _ns(device.head_curve.product_s(rows, vocab))
         else:
             kernel_ns = _ns(_roofline_s(2 * vocab, 2 * rows * vocab, device.bytes_per_s, device.flops_per_s))
-        launch_ns = self._unhidden_ns(kernel_ns, self._launch_ns(self.execution.ops_per_forward))
+        begun_ns = self._launch_ns(self.execution.ops_per_forward, self.execution.graph_kernels_per_forward)
+        launch_ns = self._unhidden_ns(kernel_ns, begun_ns)
         has_head = _wide(logit_tokens) > 0
         return np.where(has_head, kernel_ns, 0), np.where(has_head, launch_ns, 0)
 
@@ -112,9 +118,10 @@ class Costs:
     def alone_ns(self, loop_kernel_ns: int) -> tuple[int, int]:
         """The same of one expert that runs alone because it was fetched; `loop_kernel_ns` is its `loop_ns`.
 
-        A grouped kernel whose experts were measured runs it as a group of one. Else it takes separate GEMMs.
+        It takes separate GEMMs; but a group of one where the device is a CPU and its experts were measured.
         """
-        if self.execution.kernels == "grouped" and self._device_curve is not None:
+        execution = self.execution
+        if execution.kernels == "grouped" and self._device_curve is not None and not execution.is_async:
             return self.grouped_overhead_ns + loop_kernel_ns, 0
         return loop_kernel_ns, int(self._unhidden_ns(loop_kernel_ns, self.expert_launch_ns))
 
@@ -149,10 +156,10 @@ class Costs:
         flops = 2 * tokens * params + attention_flops
         return _roofline_s(2 * params + context_bytes, flops, device.bytes_per_s, device.flops_per_s)
 
-    def _launch_ns(self, num_ops: int) -> Ints:
+    def _launch_ns(self, num_ops: int, num_graph_kernels: int = 0) -> Ints:
         device = self.hardware.device
         op_s = device.eager_op_s if self.execution.launch == "eager" else device.kernel_launch_s
-        return _ns(num_ops * op_s)
+        return _ns(num_ops * op_s + num_graph_kernels * device.kernel_launch_s)
 
     def _unhidden_ns(self, kernel_ns: Ints | int, launch_ns: Ints | int) -> Ints:
         """What launching adds to the time of the kernels."""
