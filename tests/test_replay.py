@@ -40,6 +40,19 @@ def test_every_policy_under_every_execution_is_replayed_as_it_is_simulated(case)
 
 @settings(deadline=None)
 @given(cases())
+def test_every_visit_of_a_layer_takes_as_long_as_simulated(case):
+    workload, model, machine, (name, params), budgets, used = case
+    spent = [np.zeros((workload.num_forwards, workload.num_layers + 1), np.int64) for _ in range(2)]
+    for run, times_ns in zip((simulate, replay), spent, strict=True):
+        kwargs = {"budget": budgets, "execution": used, "is_memory_checked": False, "spent": times_ns}
+        result = run(workload, model, machine, make_policy(name, params), **kwargs)
+        assert times_ns.sum() == result.makespan_ns
+        assert times_ns.sum(axis=0).tolist() == [sum(parts) for parts in result.layer_parts_ns]
+    assert np.array_equal(*spent)
+
+
+@settings(deadline=None)
+@given(cases())
 def test_a_policy_is_asked_once_for_all_machines(case):
     workload, model, machine, (name, params), budgets, used = case
     made, replayer = make_policy(name, params), Replayer(workload)

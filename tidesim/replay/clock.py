@@ -74,22 +74,31 @@ def new_clock(resident: Words, room: int) -> Clock:
 
 
 @compiled
-def play(routing: Any, prices: Any, fixed: Any, script: Any, ruled: Any, clock: Any, now: Whole) -> Whole:
+def play(routing: Any, prices: Any, fixed: Any, script: Any, ruled: Any, clock: Any, spent: Any, now: Whole) -> Whole:
     """Run some forwards, the first of which begins at `now`; returns the time after them, the rest is in `clock`.
 
     Parameters
     ----------
     routing, prices, script : a `Routing`, `Prices` and `Script` of these forwards. fixed, ruled, clock : a `Fixed`,
-        `Ruled` and `Clock` of the run.
+        `Ruled` and `Clock` of the run. spent : int64 [F, L + 1], what each layer takes, and what lies outside; filled
+        unless it is empty.
     """
-    num_layers = len(clock.layer_until)
+    num_layers, is_noted = len(clock.layer_until), len(spent) > 0
     outside = num_layers
     for forward in range(len(routing.tokens)):
+        begun = now
         now = _compute(clock, outside, DENSE, prices.entry[forward, 0], prices.entry[forward, 1], now)
+        inside = np.int64(0)
         for layer in range(num_layers):
+            entered = now
             now = _compute(clock, layer, DENSE, prices.dense[forward, 0], prices.dense[forward, 1], now)
             now = _run_layer(routing, prices, fixed, script, ruled, clock, forward, layer, now)
+            if is_noted:
+                spent[forward, layer] = now - entered
+                inside += now - entered
         now = _compute(clock, outside, DENSE, prices.head[forward, 0], prices.head[forward, 1], now)
+        if is_noted:
+            spent[forward, outside] = now - begun - inside
     return now
 
 

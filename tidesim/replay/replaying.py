@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
+import numpy.typing as npt
 
 from tidesim.errors import InputError
 from tidesim.hardware import BUSY, Hardware
@@ -22,19 +23,27 @@ from tidesim.residency import Placement
 from tidesim.result import RunResult
 from tidesim.workload import Workload
 
+Ints = npt.NDArray[np.int64]
+
 _KEPT_DECISIONS = 16  # a long workload's take tens of megabytes
 _KEPT_ROUTING_BYTES = 1 << 30  # of a workload; what goes beyond is read again for each run
 
 
 def replay(
-    workload: Workload, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]
+    workload: Workload,
+    model: MoEConfig,
+    hardware: Hardware,
+    policy: Policy,
+    *,
+    spent: Ints | None = None,
+    **settings: Unpack[RunSettings],
 ) -> RunResult:
     """What `simulate` says of the same arguments, to the nanosecond.
 
     For more than one run on a workload, `Replayer` reads its routing once. Raise what `simulate` raises, and InputError
     if device, host and copies slow each other down on `hardware`.
     """
-    return Replayer(workload).run(model, hardware, policy, **settings)
+    return Replayer(workload).run(model, hardware, policy, spent=spent, **settings)
 
 
 class Replayer:
@@ -54,7 +63,15 @@ class Replayer:
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
 
-    def run(self, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]) -> RunResult:
+    def run(
+        self,
+        model: MoEConfig,
+        hardware: Hardware,
+        policy: Policy,
+        *,
+        spent: Ints | None = None,
+        **settings: Unpack[RunSettings],
+    ) -> RunResult:
         """One run; see `replay`."""
         if is_contended(hardware):
             raise InputError(
@@ -62,7 +79,7 @@ class Replayer:
                 "that is for the event simulator: use simulate(), or --engine simpy."
             )
         paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
-        return paper.result(self._timed(self._decide(paper), paper))
+        return paper.result(self._timed(self._decide(paper), paper, spent))
 
     def _decide(self, paper: PaperRun) -> Decisions:
         """What the policy decides, from memory if it was asked before and goes by the routing alone."""
@@ -77,10 +94,11 @@ class Replayer:
                 del self._decided[next(iter(self._decided))]
         return decisions
 
-    def _timed(self, decisions: Decisions, paper: PaperRun) -> Mapping[str, Any]:
+    def _timed(self, decisions: Decisions, paper: PaperRun, spent: Ints | None) -> Mapping[str, Any]:
         """What a `RunResult` counts and times."""
         prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
-        clock, makespan_ns = self._play(decisions, prices, fixed)
+        noted = np.zeros((0, 0), np.int64) if spent is None else spent
+        clock, makespan_ns = self._play(decisions, prices, fixed, noted)
         tally: list[int] = clock.tally.tolist()
         hits, misses, promotions, evictions, drops = tally[:DEVICE_BUSY]
         links = clock.links[:, LINK_BUSY].tolist()
@@ -96,7 +114,7 @@ class Replayer:
             "busy_ns": {"device": tally[DEVICE_BUSY], "host": tally[HOST_BUSY], "h2d": links[H2D], "d2h": links[D2H]},
         }
 
-    def _play(self, decisions: Decisions, prices: Prices, fixed: Fixed) -> tuple[Clock, int]:
+    def _play(self, decisions: Decisions, prices: Prices, fixed: Fixed, spent: Ints) -> tuple[Clock, int]:
         """Walk the forwards, with more room for copies under way as long as there is too little."""
         num_experts, num_layers, room = self.workload.num_experts, self.workload.num_layers, FIRST_ROOM
         residents = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
@@ -104,7 +122,8 @@ class Replayer:
             clock, rule, now_ns = new_clock(residents, room), ruled(decisions, num_experts), 0
             for number, part in enumerate(self._parts):
                 script = decisions.script.cut(part, num_layers)
-                now_ns = play(self._routing_of(number), prices.cut(part), fixed, script, rule, clock, now_ns)
+                routing, prices_now = self._routing_of(number), prices.cut(part)
+                now_ns = play(routing, prices_now, fixed, script, rule, clock, spent[part], now_ns)
             stop(fixed, clock, now_ns)
             if not clock.links[:, IS_FULL].any():
                 return clock, int(now_ns)
@@ -139,5 +158,5 @@ def compile_now() -> None:
     fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
     decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, script=NO_SCRIPT)
     clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
-    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1), clock, 0)
+    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1), clock, np.zeros((0, 0), np.int64), 0)
     stop(fixed, clock, 0)
