@@ -40,7 +40,7 @@ TIDE = Plan(
     reserve_bytes=1000,
     predicted=PREDICTION,
     held_out=replace(PREDICTION, tok_per_s=11.0),
-    proof=Proof(solver="highs", status="optimal", objective_s=0.5, bound_s=0.5, gap=0.0),
+    proof=Proof(solver="highs", status="optimal", minimised="time", objective=0.5, bound=0.5, gap=0.0),
     tide_code=TideCode(max_gpu_experts_per_layer=2, jump_steps=4, derivation="by hand"),
     seed=0,
     tool_version="1.2.3",

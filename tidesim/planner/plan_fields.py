@@ -15,7 +15,11 @@ from tidesim.result import PARTS
 
 FORMAT = "tidesim-plan"
 VERSION = 1
-OBJECTIVES = {"throughput": "most generated tokens per second over all sequences, hence least total time"}
+OBJECTIVES = {
+    "throughput": "most generated tokens per second over all sequences, hence least total time",
+    "latency": "the slowest block of any sequence as fast as can be, and then least total time",
+    "memory": "fewest experts on the device that still give a wanted throughput",
+}
 POLICY_NAMES = ("static", *REFRESHING, "lru")
 # Larger than any count or size here can be, and small enough for any JSON reader.
 _LARGEST = 2**53
@@ -140,10 +144,11 @@ FIELDS = (
     PlanField("reserve_bytes", _whole(0), "bytes of device memory left alone"),
     *_prediction("predicted", "predicted on the training sequences that were not profiled"),
     *_prediction("held_out", "predicted on the held-out sequences"),
-    PlanField("proof.solver", _text, "the solver of the integer programme"),
+    PlanField("proof.solver", _text, "which solver"),
     PlanField("proof.status", _name(["optimal", "feasible", "uniform"]), "how far the solver got"),
-    PlanField("proof.objective_s", _number(0), "seconds: the best choice in the policy's table, as a sum"),
-    PlanField("proof.bound_s", _number(0), "seconds: no choice in the policy's table sums up to less"),
+    PlanField("proof.minimised", _name(["time", "slowest block", "slots"]), "what the solver minimised"),
+    PlanField("proof.objective", _number(0), "the best choice in the policy's table: seconds, or slots"),
+    PlanField("proof.bound", _number(0), "no choice in the policy's table comes to less"),
     PlanField("proof.gap", _number(0, 1), "(objective - bound) / objective"),
     PlanField("tide_code.max_gpu_experts_per_layer", _whole(0), "the budget in the released TIDE code's terms"),
     PlanField("tide_code.jump_steps", _whole(1), "the interval in the released TIDE code's terms"),
@@ -151,7 +156,7 @@ FIELDS = (
     PlanField("seed", _whole(0), "of the split into training and held-out sequences"),
     PlanField("tool_version", _text, "of tidesim"),
 )
-_NULLABLE_SECTIONS = ("held_out",)
+_NULLABLE_SECTIONS = ("held_out", "proof")
 
 
 # --- reading ---

@@ -17,6 +17,7 @@ from tidesim.errors import PlanError
 from tidesim.execution import GIB
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
+from tidesim.planner.integer_programme import SolverReport
 from tidesim.planner.plan_fields import FORMAT, OBJECTIVES, VERSION, read_fields, read_json
 from tidesim.planner.runs import REFRESHING, make_policy
 from tidesim.policies import MissAction, Policy
@@ -100,17 +101,29 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """How good the choice is among those in the table of its policy; times are sums over the table's sequences.
+    """How good the programme's choice is among those in the table of its policy; the words are those of `SolverReport`.
 
-    `bound_s`: no choice of one (budget, interval) pair per layer out of the table sums up to less. `objective_s` is the
-    sum of the best one found, and `gap` is (objective - bound) / objective. `status` is that of `SolverReport`.
+    Times are sums over the table's sequences. Whole runs may have led from this choice to another one.
     """
 
     solver: str
     status: str
-    objective_s: float
-    bound_s: float
+    minimised: str
+    objective: float
+    bound: float
     gap: float
+
+    @classmethod
+    def of(cls, report: SolverReport) -> Self:
+        """The part of a solver's report that a plan keeps."""
+        return cls(
+            solver=report.solver,
+            status=report.status,
+            minimised=report.minimised,
+            objective=report.objective,
+            bound=report.bound,
+            gap=report.gap,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +157,7 @@ class Plan:
     reserve_bytes: int
     predicted: Prediction
     held_out: Prediction | None
-    proof: Proof
+    proof: Proof | None
     tide_code: TideCode
     seed: int
     tool_version: str
@@ -166,7 +179,7 @@ class Plan:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """The plan with these fields, as nested mappings of the right types. Raise PlanError as the class does."""
-        placement, held_out = values["placement"], values["held_out"]
+        placement, held_out, proof = values["placement"], values["held_out"], values["proof"]
         return cls(
             model=ModelSizes(**values["model"]),
             hardware=Machine(**values["hardware"]),
@@ -183,7 +196,7 @@ class Plan:
             reserve_bytes=values["reserve_bytes"],
             predicted=Prediction(**values["predicted"]),
             held_out=None if held_out is None else Prediction(**held_out),
-            proof=Proof(**values["proof"]),
+            proof=None if proof is None else Proof(**proof),
             tide_code=TideCode(**values["tide_code"]),
             seed=values["seed"],
             tool_version=values["tool_version"],
