@@ -329,7 +329,7 @@ def plan_tables(document: Document) -> RenderableType:
         "expect": f"{document['predicted']['tok_per_s']:.2f} tok/s{score}",
         "optimal": f"in its table to {100 * document['gap']:.2g} % ({document['solver']['solver']}); "
         f"{document['num_runs']} simulated runs, {document['total_s']:.0f} s",
-        "device memory": _memory(document["memory"], chosen),
+        "device memory": _memory(document, chosen),
         "in TIDE's code": f"max_gpu_experts_per_layer={tide_code['max_gpu_experts_per_layer']}, "
         f"jump_steps={tide_code['jump_steps']}",
     }
@@ -373,8 +373,9 @@ def _spread(values: Sequence[int]) -> str:
     return ", ".join(f"{value} ({count} layers)" for value, count in counts)
 
 
-def _memory(memory: Document, chosen: Document) -> str:
-    experts = sum(chosen["budget"]) * chosen["model"]["expert_bytes"]
+def _memory(document: Document, chosen: Document) -> str:
+    memory = document["memory"]
+    experts = (sum(chosen["budget"]) + document["scratch"]) * chosen["model"]["expert_bytes"]
     parts = {
         "experts": experts,
         "other weights": memory["non_experts"],

@@ -23,7 +23,7 @@ from tidesim.errors import PlanError
 from tidesim.execution import Costs, Execution, check_memory
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
-from tidesim.planner.candidates import Candidates, find_candidates
+from tidesim.planner.candidates import Candidates, find_candidates, slots_for, spread
 from tidesim.planner.integer_programme import Choice, SolverName, choose
 from tidesim.planner.plan_fields import OBJECTIVES, POLICY_NAMES
 from tidesim.planner.plan_file import Machine, ModelSizes, Plan, Prediction, Proof, Routing, TideCode
@@ -181,16 +181,21 @@ def _table_part(setting: Setting) -> str:
 def _search(runs: Runs, candidates: Candidates, slots: int, solver: SolverName, time_limit_s: float) -> _Found:
     tables = fill_tables(runs, candidates, _table_part(runs.setting))
     choices = {
-        name: choose(table.options(), slots, fixed_ns=table.outside_ns, solver=solver, time_limit_s=time_limit_s)
+        name: choose(
+            table.options(),
+            slots_for(name, slots),
+            fixed_ns=table.outside_ns,
+            solver=solver,
+            time_limit_s=time_limit_s,
+        )
         for name, table in tables.items()
     }
     tide = _tide_programmes(runs, candidates)
     contenders = [Case(name, choice.budget, choice.interval, _TUNED) for name, choice in choices.items()]
     for name, table in tables.items():
-        budget, interval = table.fastest(slots)
+        budget, interval = table.fastest(slots_for(name, slots))
         contenders.append(_uniform(runs, name, budget, interval))
-    has_room_for_all = slots == runs.setting.model.num_layers * runs.setting.model.num_experts
-    rivals = _rivals(runs, candidates, tide, has_room_for_all)
+    rivals = _rivals(runs, candidates, tide, slots)
     contenders += [rival.case for rival in rivals if candidates.may_choose(rival.case.policy, rival.case.interval)]
     results = runs.results([*contenders, *(rival.case for rival in rivals)])
     # Of equally fast runs, the one with fewer experts on the device.
@@ -221,11 +226,12 @@ def _tide_programmes(runs: Runs, candidates: Candidates) -> tuple[TideProgramme,
     )
 
 
-def _rivals(runs: Runs, candidates: Candidates, tide: Sequence[TideProgramme], has_room_for_all: bool) -> list[_Rival]:
-    """The baselines, all but the references with the largest uniform budget."""
-    budget, num_experts = candidates.uniform, runs.setting.model.num_experts
+def _rivals(runs: Runs, candidates: Candidates, tide: Sequence[TideProgramme], slots: int) -> list[_Rival]:
+    """The baselines, all but the references with the largest uniform budget, or as much of it as fits beside their
+    scratch memory."""
+    budget, num_experts, num_layers = candidates.uniform, runs.setting.model.num_experts, runs.setting.model.num_layers
     rivals = [_Rival("all-host", "no expert on the device", _uniform(runs, "all-host", 0, None), is_reference=True)]
-    if has_room_for_all:
+    if slots == num_layers * num_experts:
         everything = _uniform(runs, "all-device", num_experts, None)
         rivals.append(_Rival("all-device", "every expert on the device", everything, is_reference=True))
     if not budget:
@@ -239,8 +245,10 @@ def _rivals(runs: Runs, candidates: Candidates, tide: Sequence[TideProgramme], h
         rivals.append(_Rival(f"{programme.policy}, own programme", about, case))
     about = "the most popular experts of the training sequences, never moved (the TIDE paper calls it Fiddler)"
     rivals.append(_Rival("static", about, _uniform(runs, "static", budget, None)))
-    about = "every missed expert fetched and kept, as mixtral-offloading does"
-    rivals.append(_Rival("lru", about, _uniform(runs, "lru", budget, None)))
+    about = "every missed expert fetched, the most recently used ones kept"
+    own = spread(min(budget * num_layers, slots_for("lru", slots)), num_layers)
+    if min(own):
+        rivals.append(_Rival("lru", about, Case("lru", own, None, _TUNED)))
     return rivals
 
 

@@ -11,18 +11,19 @@ import numpy.typing as npt
 
 from tidesim.policies.rules import Rule
 from tidesim.replay.compiling import Whole, compiled, inlined
-from tidesim.replay.script import KEEP, NOBODY, REFRESH, Decisions, Script
+from tidesim.replay.script import DROP, KEEP, NOBODY, REFRESH, Decisions, Script
 from tidesim.residency import per_layer
 from tidesim.workload import ForwardKind
 
 Ints = npt.NDArray[np.int64]
 
-SCRIPTED, NEVER, TOP_COUNTS, HOTTEST_FOR_COLDEST, LEAST_RECENT = range(5)
+SCRIPTED, NEVER, TOP_COUNTS, HOTTEST_FOR_COLDEST, LEAST_RECENT, MOST_RECENT = range(6)
 _CODES = {
     "never": NEVER,
     "top-counts": TOP_COUNTS,
     "hottest-for-coldest": HOTTEST_FOR_COLDEST,
     "least-recent": LEAST_RECENT,
+    "most-recent": MOST_RECENT,
 }
 _DENOISE = int(ForwardKind.DENOISE)
 
@@ -96,13 +97,19 @@ def ruled(decisions: Decisions, num_experts: int) -> Ruled:
 
 @compiled
 def _begin(ruled: Any, layer: Whole, residents: Any) -> None:
-    """The first residents, ascending: none was used yet, and a set of them was filled in that order."""
+    """The first residents, ascending: none was used yet, and a set of them was filled in that order.
+
+    By `caches.lru` the lower id is the more recent one of those.
+    """
     older, newer = ruled.older, ruled.newer
     E = older.shape[1] - 1
     older[layer, E] = newer[layer, E] = E
     for expert in residents:
         older[layer, expert] = newer[layer, expert] = expert
         if ruled.code == LEAST_RECENT:
+            _use(older[layer], newer[layer], expert)
+    if ruled.code == MOST_RECENT:
+        for expert in residents[::-1]:
             _use(older[layer], newer[layer], expert)
     if ruled.code == TOP_COUNTS:
         ruled.mask[layer] = build_set(ruled.table[layer], residents, len(residents), ruled.old)
@@ -143,6 +150,10 @@ def serve(ruled: Any, routing: Any, here: Any, begin: Whole, end: Whole, layer: 
     num_moves = 0
     if ruled.code == LEAST_RECENT:
         num_moves = _fetch_all(ruled, routing.ascending[begin:end], here, ruled.older[layer], ruled.newer[layer], layer)
+    elif ruled.code == MOST_RECENT:
+        num_moves = _keep_recent(
+            ruled, routing.ascending[begin:end], here, ruled.older[layer], ruled.newer[layer], layer
+        )
     return num_moves
 
 
@@ -178,6 +189,36 @@ def _fetch_all(ruled: Any, ascending: Any, here: Any, older: Any, newer: Any, la
         older[expert] = newer[expert] = expert
         _use(older, newer, expert)
         num_moves += 1
+    return num_moves
+
+
+@compiled
+def _keep_recent(ruled: Any, ascending: Any, here: Any, older: Any, newer: Any, layer: Whole) -> Whole:
+    """All misses of `layer` are fetched, and those among the most recent stay; returns how many moves there are.
+
+    The ring has the residents. It takes in whoever stays in the order of use, and then its oldest members go.
+    """
+    moves, E, num_moves = ruled.moves, len(here), 0
+    first_kept = max(0, len(ascending) - ruled.budgets[layer])
+    for pair in range(first_kept):
+        if here[ascending[pair]]:
+            _use(older, newer, np.int64(ascending[pair]))
+    for pair in range(first_kept, len(ascending)):
+        expert = np.int64(ascending[pair])
+        if not here[expert]:
+            moves.part[num_moves], moves.enter[num_moves] = KEEP, layer * E + expert
+            older[expert] = newer[expert] = expert
+            num_moves += 1
+        _use(older, newer, expert)
+    for move in range(num_moves):
+        oldest = newer[E]
+        moves.leave[move] = layer * E + oldest
+        _leave_ring(older, newer, oldest)
+    for pair in range(first_kept):
+        expert = np.int64(ascending[pair])
+        if not here[expert]:
+            moves.part[num_moves], moves.enter[num_moves], moves.leave[num_moves] = DROP, layer * E + expert, NOBODY
+            num_moves += 1
     return num_moves
 
 
