@@ -30,7 +30,7 @@ _DENOISE = int(ForwardKind.DENOISE)
 # How CPython (3.11 to 3.14) looks for a place in a set, Objects/setobject.c.
 _LINEAR_PROBES, _PERTURB_SHIFT, _SMALLEST_TABLE = 9, 5, 8
 # A set of so many small integers has a table of 512 places or more, where each lies at its own number.
-_ASCENDING_FROM, _ASCENDING_TABLE = 77, 512
+ASCENDING_FROM, ASCENDING_TABLE = 77, 512
 _NEVER = 2**62
 
 
@@ -298,7 +298,7 @@ def _top_counts(ruled: Any, ids: Any, here: Any, stamp: Whole, layer: Whole) -> 
         if not here[expert]:
             moves.part[num_moves], moves.enter[num_moves] = REFRESH, offset + expert
             num_moves += 1
-    if budget >= _ASCENDING_FROM and E <= _ASCENDING_TABLE:
+    if budget >= ASCENDING_FROM and E <= ASCENDING_TABLE:
         _leave_ascending(here, mark, stamp, offset, num_moves, moves.leave)
         return num_moves
     places = table[: ruled.mask[layer] + 1]
