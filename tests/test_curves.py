@@ -88,6 +88,24 @@ def test_a_curve_by_hand() -> None:
     assert curve.promotions.tolist() == [[0, 1, 2, 1, 0]]
     assert curve.drops.tolist() == [[4, 2, 0, 0, 0]]
     assert curve.hit_rate.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert curve.to_dict() == {
+        "policy": "lru",
+        "refresh_interval": None,
+        "hits": [0, 1, 2, 3, 4],
+        "misses": [4, 3, 2, 1, 0],
+        "promotions": [0, 1, 2, 1, 0],
+        "drops": [4, 2, 0, 0, 0],
+        "hit_rate": [0, 0.25, 0.5, 0.75, 1],
+    }
+
+
+def test_what_is_not_known_is_none() -> None:
+    # 2 and 3 are active. At a budget of 3 one of them takes the slot of 0 or 1, whichever comes first in a set.
+    (curve,) = tide_as_coded_curves(toy_workload([[0, 0, 1, 1]]), [1], is_background=False)
+    assert curve.is_exact.tolist() == [[True, True, True, False, True]]
+    told = curve.to_dict()
+    assert (told["hits"], told["promotions"]) == ([0, 1, 2, None, 2], [0, 1, 2, None, 0])
+    assert told["hit_rate"] == [0, 0.5, 1, None, 1]
 
 
 def test_a_long_run_may_come_in_parts() -> None:

@@ -10,6 +10,7 @@ Letters: L MoE layers, E experts; B is a budget, 0 to E.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,18 @@ class Curve:
         """Share of all routed pairs that hit, [E + 1]; nan where that is not known for each layer."""
         rate = self.hits.sum(axis=0) / max(1, int((self.hits + self.misses).max(axis=1).sum()))
         return np.where(self.is_exact.all(axis=0), rate, np.nan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All layers together, as values that JSON knows: lists over the budget, with None where it is not known."""
+        is_known: list[bool] = np.logical_and.reduce(self.is_exact, axis=0).tolist()
+        names = ("hits", "misses", "promotions", "drops")
+        values = {name: getattr(self, name).sum(axis=0).tolist() for name in names}
+        values["hit_rate"] = self.hit_rate.tolist()
+        known = {
+            name: [one if is_one_known else None for one, is_one_known in zip(column, is_known, strict=True)]
+            for name, column in values.items()
+        }
+        return {"policy": self.policy, "refresh_interval": self.refresh_interval, **known}
 
 
 def lru_curve(workload: Workload | Iterable[Workload]) -> Curve:
