@@ -277,9 +277,13 @@ def test_inspect_prints_the_statistics_beside_the_published_ones(run: Run) -> No
     assert code == 0
     assert "recorded" in out
     assert "dMoE" in out
+    assert "hits do not rank policies by time" in out
     code, out, _ = run("inspect", "llada2-tiny", "--json")
     document = json.loads(out)
     assert document["trace"]["num_layers"] == len(document["statistics"]["distinct_experts_by_layer"]) == 4
+    curve = document["lru_hits_and_copies"]
+    assert len(curve["hit_rate"]) == 257
+    assert (curve["hit_rate"][0], curve["hit_rate"][256]) == (0, 1)
 
 
 def test_synthesize_writes_a_trace_that_says_so(run: Run, tmp_path: Path) -> None:

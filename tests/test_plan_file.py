@@ -170,7 +170,7 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path):
         ("seed", 1.0, "whole number"),
         ("seed", 10**30, "whole number"),
         ("max_tokens", 0, "from 1"),
-        ("objective", "latency", "must be one of throughput"),
+        ("objective", "thrift", "must be one of throughput"),
         ("policy", "oracle", "must be one of static, tide, tide-as-coded, lru"),
         ("policy", ["tide"], "must be one of"),
         ("budget", 3, "must be a list"),

@@ -162,7 +162,22 @@ def statistics_tables(document: Document) -> RenderableType:
         cosines = found[key]
         shown = " ".join(f"{cosines[lag - 1]:.3f}" for lag in (1, 2, 5, 8) if lag <= len(cosines))
         table.add_row(f"cosine of counts at lag 1 2 5 8, {regime}", shown or "-", published)
-    return Group(trace_table(document["trace"]), table, _layer_table(found))
+    cache = _cache_table(document["lru_hits_and_copies"])
+    return Group(trace_table(document["trace"]), table, _layer_table(found), cache)
+
+
+def _cache_table(curve: Document) -> Table:
+    """Hits and copies beside each other, as more of the former may take more of the latter."""
+    title = "LRU cache by budget (hits do not rank policies by time)"
+    table = table_of(title, left=(), right=("experts a layer", "hits", "copies per 1000 routed pairs"))
+    most = len(curve["hits"]) - 1
+    for eighths in (1, 2, 3, 4, 6):
+        budget = most * eighths // 8
+        copies = (curve["promotions"][budget] + curve["drops"][budget]) / (
+            curve["hits"][budget] + curve["misses"][budget]
+        )
+        table.add_row(str(budget), f"{100 * curve['hit_rate'][budget]:.1f} %", f"{1000 * copies:.1f}")
+    return table
 
 
 def _layer_table(found: Document) -> Table:
@@ -315,7 +330,7 @@ def plan_tables(document: Document) -> RenderableType:
         "expect": f"{document['predicted']['tok_per_s']:.2f} tok/s{score}",
         "optimal": f"in its table to {100 * document['gap']:.2g} % ({document['solver']['solver']}); "
         f"{document['num_runs']} simulated runs, {document['total_s']:.0f} s",
-        "device memory": _memory(document["memory"], chosen),
+        "device memory": _memory(document, chosen),
         "in TIDE's code": f"max_gpu_experts_per_layer={tide_code['max_gpu_experts_per_layer']}, "
         f"jump_steps={tide_code['jump_steps']}",
     }
@@ -359,8 +374,9 @@ def _spread(values: Sequence[int]) -> str:
     return ", ".join(f"{value} ({count} layers)" for value, count in counts)
 
 
-def _memory(memory: Document, chosen: Document) -> str:
-    experts = sum(chosen["budget"]) * chosen["model"]["expert_bytes"]
+def _memory(document: Document, chosen: Document) -> str:
+    memory = document["memory"]
+    experts = (sum(chosen["budget"]) + document["scratch"]) * chosen["model"]["expert_bytes"]
     parts = {
         "experts": experts,
         "other weights": memory["non_experts"],

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from tidesim import console, replay
@@ -65,9 +66,12 @@ def inspect(
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Print the shape of a trace and the statistics of its routing, beside published figures."""
+    """Print the shape of a trace, statistics of its routing beside published figures, and what a cache would hit."""
     with Trace.open(file) as opened:
         document = {"trace": _trace_header(opened), "statistics": trace_statistics(opened).to_dict(), "seed": seed}
+        with_forwards = np.flatnonzero(opened.sequences["num_forwards"]).tolist()
+        parts = (opened.workload("block", [sequence], is_mapped=True) for sequence in with_forwards)
+        document["lru_hits_and_copies"] = replay.lru_curve(parts).to_dict()
     console.show(document, console.statistics_tables, as_json)
 
 

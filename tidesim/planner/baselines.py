@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tidesim.execution import Costs
-from tidesim.planner.candidates import Candidates
+from tidesim.planner.candidates import Candidates, slots_for, spread
 from tidesim.planner.runs import REFRESHING, Case, Runs
 from tidesim.planner.tide_programme import TideProgramme, tide_programme
 from tidesim.policies import policy
@@ -35,12 +35,12 @@ def tide_programmes(runs: Runs, candidates: Candidates, sequences: str) -> tuple
 def find_rivals(
     runs: Runs, candidates: Candidates, tide: Sequence[TideProgramme], slots: int, sequences: str
 ) -> list[Rival]:
-    """The baselines, all but the references with the largest uniform budget that leaves room for their scratch."""
+    """The baselines, all but the references with the largest uniform budget, or as much of it as fits beside their
+    scratch memory."""
     model = runs.setting.model
 
     def uniform(name: str, interval: int | None) -> Case:
-        budget = min(candidates.uniform, max(0, runs.slots_of(name, slots)) // model.num_layers)
-        return Case.uniform(name, budget, interval, sequences, model.num_layers)
+        return Case.uniform(name, candidates.uniform, interval, sequences, model.num_layers)
 
     nobody = Case.uniform("all-host", 0, None, sequences, model.num_layers)
     rivals = [Rival("all-host", "no expert on the device", nobody, is_reference=True)]
@@ -58,9 +58,10 @@ def find_rivals(
         rivals.append(Rival(f"{programme.policy}, own programme", about, own))
     about = "the most popular experts of the training sequences, never moved (the TIDE paper calls it Fiddler)"
     rivals.append(Rival("static", about, uniform("static", None)))
-    lru = uniform("lru", None)
-    if max(lru.budget):
-        rivals.append(Rival("lru", "every missed expert fetched, the least recently used one out", lru))
+    about = "every missed expert fetched, the most recently used ones kept"
+    each = spread(min(candidates.uniform * model.num_layers, slots_for("lru", slots)), model.num_layers)
+    if min(each):
+        rivals.append(Rival("lru", about, Case("lru", each, None, sequences)))
     return rivals
 
 

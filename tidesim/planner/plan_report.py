@@ -196,6 +196,7 @@ class PlanReport:
             "trace_origin": self.trace_origin,
             "memory": asdict(self.memory),
             "slots": self.slots,
+            "scratch": self.chosen.make_policy().scratch_experts(self.chosen.model.num_experts),
             "table_forwards": self.table_forwards,
             "num_runs": self.num_runs,
         }

@@ -152,12 +152,6 @@ class Runs:
         """The result of one case."""
         return self.outcomes([case])[0].result
 
-    def slots_of(self, policy: str, slots: int) -> int:
-        """What is left of `slots` for the layers of a policy beside its scratch memory; may be below 0."""
-        model = self.setting.model
-        nobody = Case.uniform(policy, 0, 1 if policy in REFRESHING else None, self.setting.held_out, model.num_layers)
-        return slots - self.setting.policy(nobody).scratch_experts(model.num_experts)
-
     @property
     def num_simulated(self) -> int:
         """Runs so far."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tidesim.planner.baselines import Rival, find_rivals, tide_programmes
-from tidesim.planner.candidates import Candidates
+from tidesim.planner.candidates import Candidates, slots_for
 from tidesim.planner.integer_programme import Choice, InfeasibleError, SolverName, choose
 from tidesim.planner.objectives import Objective
 from tidesim.planner.runs import Case, Outcome, Runs
@@ -68,7 +68,7 @@ def search(
     num_layers = runs.setting.model.num_layers
     for name, table in tables.items():
         for pair in table.pairs:
-            if pair[0] * num_layers <= runs.slots_of(name, slots):
+            if pair[0] * num_layers <= slots_for(name, slots):
                 contenders.append(Case.uniform(name, *pair, tuned, num_layers))
     contenders += [rival.case for rival in rivals if candidates.may_choose(rival.case.policy, rival.case.interval)]
     ranked = _ranked(runs, objective, contenders)
@@ -103,7 +103,7 @@ def _choices(
         try:
             found[name] = choose(
                 table.options(has_blocks=aim.has_blocks),
-                runs.slots_of(name, slots),
+                slots_for(name, slots),
                 aim=aim,
                 fixed_ns=table.outside_ns,
                 fixed_block_ns=table.outside_block_ns if aim.has_blocks else (),
@@ -137,7 +137,7 @@ def _look_around(runs: Runs, objective: Objective, tables: Mapping[str, Table], 
     """Neighbours of `start`, and of the best of them, as long as one is better; all that were run."""
     best, seen = start, {start}
     for _ in range(_ROUNDS):
-        near = neighbours(best, tables[best.policy], runs.slots_of(best.policy, slots))
+        near = neighbours(best, tables[best.policy], slots_for(best.policy, slots))
         new = [case for case in near if case not in seen][:_NEIGHBOURS]
         seen.update(new)
         ahead = _ranked(runs, objective, [best, *new])[0]

@@ -164,6 +164,24 @@ class LastActiveBefore(Score):
         self._now[layer, counts > 0] = forward.index + 1
 
 
+class Recency(Score):
+    """How recently an expert was routed to, on the device or not: the later the forward the more, and in it the higher
+    the id.
+
+    Who was not routed to yet comes behind all who were, the lower id before the higher one. No two experts are equal.
+    """
+
+    def begin(self, shape: Shape) -> None:
+        """Nobody was routed to."""
+        self._ids = np.arange(shape.num_experts)
+        self.table = np.tile(-self._ids.astype(np.float64), (shape.num_layers, 1))
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """Whoever has rows is more recent than all others."""
+        used = self._ids[counts > 0]
+        self.table[layer, used] = (forward.index + 1) * len(self._ids) + used
+
+
 class LastTurn(Score):
     """The turn in which an expert was used last on the device; each layer of each forward is one, counted from 1.
 
