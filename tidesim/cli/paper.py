@@ -77,6 +77,9 @@ def synthesize(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences to make.")] = 16,
     gen_length: Annotated[int, typer.Option(min=1, help="Tokens generated in each, on average.")] = 128,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, on average.")] = 96,
+    no_kv_cache: Annotated[
+        bool, typer.Option("--no-kv-cache", help="Route the whole prefix in every forward.")
+    ] = False,
     workers: WorkersOption = None,
     overwrite: OverwriteFlag = False,
     seed: SeedOption = 0,
@@ -92,6 +95,7 @@ def synthesize(
             num_sequences=sequences,
             gen_length=gen_length,
             prompt_tokens=prompt_tokens,
+            kv_cache=not no_kv_cache,
             seed=seed,
             overwrite=overwrite,
             workers=workers,
