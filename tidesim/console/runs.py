@@ -1,82 +1,14 @@
-"""What people see: tables and progress bars. Tables go to stdout, notes and progress to stderr."""
+"""Tables of traces, of runs side by side, and of plans."""
 
-import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
-from rich.box import SIMPLE
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Group, RenderableType
 from rich.table import Table
 
+from tidesim.console.printing import Document, facts_table, new_table
 from tidesim.execution import GIB
 from tidesim.result import PARTS
-
-Document = Mapping[str, Any]
-
-_WIDTH = 118  # where stdout is a file or a pipe, so that tables are the same wherever they are made
-
-
-def show(document: Document, tables: Callable[[Document], RenderableType], as_json: bool) -> None:
-    """Print a result: as one JSON object, or as what `tables` makes of it."""
-    if as_json:
-        print(json.dumps(document))
-        return
-    width = None if sys.stdout.isatty() else _WIDTH
-    Console(width=width, highlight=False, soft_wrap=False).print(tables(document))
-
-
-def note(text: str) -> None:
-    """Print a line that is no result."""
-    print(text, file=sys.stderr)
-
-
-class TextStream:
-    """Prints answers as they grow: called with a prompt's number and its answer so far, it prints what is new."""
-
-    def __init__(self) -> None:
-        self._number, self._said = 0, ""
-
-    def __call__(self, number: int, text: str) -> None:
-        """Print what `text` adds to what was printed of this answer."""
-        if number != self._number:
-            print(f"\n{'-' * 40}")
-            self._number, self._said = number, ""
-        # A token may change how the one before it is spelt; what stands on the screen stays.
-        print(text[len(self._said) :], end="", flush=True)
-        self._said = text
-
-
-@contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that says how many of how many are done: a bar on a terminal, nothing in a pipe."""
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield advance
-
-
-@contextmanager
-def steps(title: str) -> Iterator[Callable[[str, float], None]]:
-    """A function that says which step comes next and which share is behind: a bar on a terminal, nothing in a pipe."""
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(title, total=1.0, step="")
-
-        def advance(step: str, share: float) -> None:
-            bar.update(task, completed=share, step=step)
-
-        yield advance
-
 
 # --- traces ---
 
@@ -84,7 +16,7 @@ def steps(title: str) -> Iterator[Callable[[str, float], None]]:
 def recording_table(document: Document) -> RenderableType:
     """What a tracing run did."""
     tokens, seconds = document["generated_tokens"], document["generate_s"]
-    return _facts(
+    return facts_table(
         "Recorded",
         {
             "file": document["path"],
@@ -99,7 +31,7 @@ def recording_table(document: Document) -> RenderableType:
 def trace_table(document: Document) -> RenderableType:
     """What a trace is."""
     how = "with KV cache" if document["kv_cache"] else "without KV cache"
-    return _facts(
+    return facts_table(
         "Trace",
         {
             "file": document["path"],
@@ -144,7 +76,7 @@ def statistics_tables(document: Document) -> RenderableType:
         "used_share": "experts ever used",
     }
     origin = document["trace"]["origin"]
-    table = _table("Routing statistics", left=("quantity",), right=(f"this trace ({origin})",))
+    table = new_table("Routing statistics", left=("quantity",), right=(f"this trace ({origin})",))
     table.add_column("published")
     for key, name in names.items():
         table.add_row(name, _figure(found[key]), _PUBLISHED.get(key, ""))
@@ -174,7 +106,7 @@ def _layer_table(found: Document) -> Table:
     }
     if found["lookahead_share"] is not None:
         columns["foretold"] = "lookahead_share_by_layer"
-    table = _table("By MoE layer", left=(), right=("layer", *columns))
+    table = new_table("By MoE layer", left=(), right=("layer", *columns))
     for layer in range(len(found["distinct_experts_by_layer"])):
         cells = [found[key][layer] if layer < len(found[key]) else None for key in columns.values()]
         table.add_row(str(layer), *map(_figure, cells))
@@ -211,12 +143,12 @@ def result_tables(document: Document) -> RenderableType:
         listed = " + ".join(f"{name} {num_bytes / GIB:.3f}" for name, num_bytes in taken.items())
         facts["device memory"] = f"{listed} = {sum(taken.values()) / GIB:.3f} GiB"
     title = "Measured run" if document["is_measured"] else "Simulated run"
-    return Group(_facts(title, facts), part_table(document))
+    return Group(facts_table(title, facts), part_table(document))
 
 
 def part_table(document: Document) -> Table:
     """Where the time of one run goes: each part in seconds and as a share of the makespan, and what it is."""
-    table = _table("Where the time goes", left=("part",), right=("time", "share"))
+    table = new_table("Where the time goes", left=("part",), right=("time", "share"))
     table.add_column("what it is")
     for part, meaning in PARTS.items():
         part_s = document["breakdown_s"][part]
@@ -229,7 +161,7 @@ def part_table(document: Document) -> Table:
 def breakdown_table(documents: Sequence[Document]) -> Table:
     """Runs side by side: milliseconds a forward, and the share of the makespan by part."""
     parts = [part.replace("_", " ") for part in PARTS]
-    table = _table("Where the time goes", left=("run",), right=("ms a forward", *parts))
+    table = new_table("Where the time goes", left=("run",), right=("ms a forward", *parts))
     for document in documents:
         shares = [100 * document["breakdown_s"][part] / document["makespan_s"] for part in PARTS]
         forward_ms = 1e3 * document["makespan_s"] / document["num_forwards"]
@@ -257,7 +189,7 @@ def comparison_tables(document: Document) -> RenderableType:
     columns = ("tok/s", "of ceiling", "hits", "GB copied", *parts.values(), "link")
     is_whole = document["has_own_executions"]
     left = ("policy", "execution") if is_whole else ("policy",)
-    table = _table("Policies, by predicted throughput", left=left, right=columns)
+    table = new_table("Policies, by predicted throughput", left=left, right=columns)
     for row in document["rows"]:
         if row["is_best_of_family"] or row["refresh_interval"] == 1:
             shares = [100 * row["breakdown_s"][part] / row["makespan_s"] for part in parts]
@@ -267,7 +199,7 @@ def comparison_tables(document: Document) -> RenderableType:
             table.add_row(*([row["name"], row["execution"]] if is_whole else [row["name"]]), *cells)
     notes = [f"Note: {warning}" for warning in document["warnings"]]
     notes += [f"Left out: {name}, {reason}" for name, reason in document["left_out"].items()]
-    return Group(_facts("Comparison", facts), table, "\n".join(notes))
+    return Group(facts_table("Comparison", facts), table, "\n".join(notes))
 
 
 def _batch(batch_size: int) -> str:
@@ -288,24 +220,6 @@ def _per_layer(value: int | Sequence[int]) -> str:
 
 def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
-
-
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _facts(title: str, facts: Mapping[str, object]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, str(value))
-    return table
 
 
 # --- plans ---
@@ -335,7 +249,7 @@ def plan_tables(document: Document) -> RenderableType:
     }
     facts |= {f"TIDE's own programme ({tide['policy']})": _tide(tide) for tide in document["tide"]}
     runs = [{**document["predicted"], "label": "this plan"}, *_labelled(document["baselines"])]
-    return Group(_facts("Plan", facts), _ranking(document), breakdown_table(runs))
+    return Group(facts_table("Plan", facts), _ranking(document), breakdown_table(runs))
 
 
 def _ranking(document: Document) -> Table:
@@ -343,7 +257,7 @@ def _ranking(document: Document) -> Table:
     scored = document["held_out"]
     held_out = {} if scored is None else {run["baseline"]: run for run in scored["baselines"]}
     right = ("planned on, tok/s", "held out, tok/s", "plan is faster by", "hit rate")
-    table = _table("Predicted throughput, with as many experts on the device", left=("",), right=right)
+    table = new_table("Predicted throughput, with as many experts on the device", left=("",), right=right)
     plan_s = document["predicted"]["tok_per_s"]
     best = scored["tok_per_s"] if scored else None
     table.add_row("this plan", f"{plan_s:.2f}", _rate(scored), "", f"{100 * document['predicted']['hit_rate']:.1f} %")
@@ -389,115 +303,3 @@ def _memory(memory: Document, chosen: Document) -> str:
 def _tide(tide: Document) -> str:
     fit = tide["fit"]
     return f"refresh every {tide['interval']} steps at budget {tide['budget']} (drift d = {fit['drift']:.3f} a step)"
-
-
-# --- studies ---
-
-
-def sweep_tables(document: Document) -> RenderableType:
-    """A study: how many cases went how, who is fastest on each machine, and what more memory buys there."""
-    facts = {
-        "traces": ", ".join(f"{name} ({origin})" for name, origin in document["traces"].items()),
-        "sizes of": ", ".join(document["models"]),
-        "results": f"{document['csv']} and results.parquet beside it",
-        "cases": f"{document['num_rows']}: {document['infeasible']} infeasible, {document['failed']} failed",
-    }
-    front = document["pareto"]
-    tables = [
-        _sweep_table("Fastest on each machine", document["best"], document["varied"]),
-        _sweep_table("Fastest for their memory: none is as fast with less", front[:_MOST_ROWS], document["varied"]),
-    ]
-    more = [f"{len(front) - _MOST_ROWS} more rows: tidesim.study.pareto gives all."] if len(front) > _MOST_ROWS else []
-    return Group(_facts("Study", facts), *tables, *more)
-
-
-_MOST_ROWS = 40
-
-
-def _sweep_table(title: str, rows: Sequence[Document], varied: Sequence[str]) -> Table:
-    """Rows of a study, with those settings that it varies."""
-    right = ("refresh", "budget", "tok/s", "hits", "device GiB")
-    table = _table(title, left=("machine", *(name.replace("_", " ") for name in varied)), right=right)
-    for row in rows:
-        table.add_row(
-            row["machine"],
-            *(str(row[name]) for name in varied),
-            "-" if row["refresh_interval"] is None else str(row["refresh_interval"]),
-            str(row["budget"]),
-            f"{row['tok_per_s']:.2f}",
-            f"{100 * row['hit_rate']:.1f} %",
-            f"{row['device_memory_bytes'] / GIB:.2f}",
-        )
-    return table
-
-
-# --- measured against predicted ---
-
-
-def profile_tables(document: Document) -> RenderableType:
-    """A calibrated profile: every figure with the spread of its samples, as its source tells."""
-    facts = {
-        "profile": document["path"],
-        "machine": document["description"],
-        "check": f"a real denoising step is predicted {100 * document['step_error']:+.1f} % off",
-    }
-    table = _table("Figures", left=("figure",), right=("value",))
-    table.add_column("how", overflow="fold")
-    for path, figure in _figures(document):
-        table.add_row(path, figure["value"], figure["source"])
-    return Group(_facts("Calibrated", facts), table)
-
-
-def _figures(node: Document, path: str = "") -> Iterator[tuple[str, dict[str, str]]]:
-    """The figures and curves of a profile by their dotted path; a curve's value is its rates."""
-    for name, below in node.items():
-        here = f"{path}.{name}" if path else name
-        if not isinstance(below, Mapping):
-            continue
-        if "source" not in below:
-            yield from _figures(below, here)
-            continue
-        shown = (
-            f"{below['value']:.4g}"
-            if "value" in below
-            else " ".join(f"{rows}:{rate:.3g}" for rows, rate in zip(below["rows"], below["gflops"], strict=True))
-        )
-        yield here, {"value": shown, "source": below["source"]}
-
-
-def validation_tables(document: Document) -> RenderableType:
-    """Predicted and measured side by side, and how well they agree over the whole grid."""
-    right = ("predicted, tok/s", "measured, tok/s", "error", "spread", "at one speed", "error", "spread", "differences")
-    table = _table("Predicted and measured", left=("case",), right=right)
-    for row in document["rows"]:
-        table.add_row(
-            row["case"],
-            f"{row['predicted_tok_per_s']:.3f}",
-            f"{row['measured_tok_per_s']:.3f}",
-            f"{100 * row['error']:+.1f} %",
-            f"{100 * row['spread']:.1f} %",
-            f"{row['steady_tok_per_s']:.3f}",
-            f"{100 * row['steady_error']:+.1f} %",
-            f"{100 * row['steady_spread']:.1f} %",
-            str(row["num_differences"]),
-        )
-    facts = {
-        "model": document["model"],
-        "routing": document["trace_origin"],
-        "machine": f"{document['machine']}; profile {document['profile']}",
-        "cases": f"{document['num_cases']}, {document['num_forwards']} forwards each",
-        "as measured": _agreement(document),
-        "at one speed": f"{_agreement(document['steady'])}; each run brought to the speed of the calibration by a "
-        "yardstick timed beside it",
-        "decisions": f"{document['num_differences']} differ between engine and simulator",
-    }
-    return Group(table, _facts("Agreement", facts))
-
-
-def _agreement(figures: Document) -> str:
-    return (
-        f"error median {100 * figures['median_error']:.1f} %, worst {100 * figures['worst_error']:.1f} %; "
-        f"Kendall's tau {figures['kendall_tau']:.3f}; median spread of repeats {100 * figures['median_spread']:.1f} %; "
-        f"of {figures['num_told_apart']} pairs of cases that repeats tell apart, "
-        f"{100 * figures['ranked_alike']:.1f} % are ranked alike"
-    )
