@@ -28,7 +28,7 @@ from tidesim.execution import execution
 from tidesim.hardware import load_hardware
 from tidesim.moe import load_moe_config
 from tidesim.policies import policy
-from tidesim.replay import Replayer, compile_now, replaying
+from tidesim.replay import Replayer, compile_now, stretches
 from tidesim.shipped import find_shipped
 from tidesim.simulator import simulate
 from tidesim.study import Study, run_study
@@ -76,7 +76,7 @@ def single(repeats: int) -> dict[str, Any]:
             workloads[context] = trace.workload(context)
     found: dict[str, Any] = {}
     walked: list[float] = []
-    play = replaying.play
+    play = stretches.play
 
     def clocked(*args: Any) -> Any:
         start_s = time.perf_counter()
@@ -84,7 +84,7 @@ def single(repeats: int) -> dict[str, Any]:
         walked.append(time.perf_counter() - start_s)
         return makespan
 
-    replaying.play = clocked
+    stretches.play = clocked
     for name, (policy_name, params, budget, how) in CASES.items():
         used = execution(how)
         workload = workloads[used.context]
@@ -111,7 +111,7 @@ def single(repeats: int) -> dict[str, Any]:
             "simpy_ratio_of_walk": round(simpy_s / walk_s),
             "simulated_over_real": round(result.makespan_s / run_s),
         }
-    replaying.play = play
+    stretches.play = play
     return found
 
 

@@ -3,7 +3,7 @@
 Letters: F forwards, E experts, T rows of a forward, K top-k, R most rows of a forward.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,10 @@ class Prices(NamedTuple):
     host: Ints
     call: Ints
     first_call: Ints
+
+    def during(self, span: slice) -> Self:
+        """The same of some forwards alone."""
+        return self._replace(**{name: getattr(self, name)[span] for name in ("entry", "dense", "head", "first_call")})
 
 
 class Fixed(NamedTuple):
