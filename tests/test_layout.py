@@ -20,7 +20,7 @@ RANKS = (
     ("moe", "hardware", "workload", "residency", "result"),
     ("trace_format", "execution"),
     ("trace", "policies"),
-    ("paper_run",),
+    ("paper_run", "lending"),
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
     ("timing",),
     ("planner",),

@@ -278,9 +278,8 @@ def compare(
 
 def _workload(opened: Trace, sizes: MoEConfig, context: Context, sequences: Sequence[int] | None = None) -> Workload:
     """The workload of some sequences, all by default, tiled to the layers of the model whose sizes are used, with its
-    look-ahead if it was recorded; of all sequences, the counts are mapped, as there may be many."""
-    is_mapped = sequences is None
-    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead, is_mapped=is_mapped)
+    look-ahead if it was recorded; counts are mapped, as there may be many."""
+    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead, is_mapped=True)
     return workload.tiled(sizes.num_layers)
 
 

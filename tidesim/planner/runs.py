@@ -1,7 +1,7 @@
 """The runs that planning needs, each timed once, on several processes at a time."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tidesim.execution import Execution
 from tidesim.hardware import Hardware
+from tidesim.lending import Lent
 from tidesim.moe import MoEConfig
 from tidesim.policies import Policy, policy
 from tidesim.result import RunResult
@@ -93,14 +94,17 @@ class Runs:
         self.setting = setting
         self._progress = progress
         self._results: dict[Case, RunResult] = {}
-        self._workers = Workers(setting, workers)
+        self._lent = Lent(setting.workloads)
+        self._workers = Workers(replace(setting, workloads=self._lent), workers)
 
     def __enter__(self) -> Self:
+        self._lent.__enter__()
         self._workers.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._workers.__exit__(kind, error, tb)
+        self._lent.__exit__(kind, error, tb)
 
     def results(self, cases: Iterable[Case]) -> list[RunResult]:
         """The result of each case, in order; only those not asked for before are simulated."""
