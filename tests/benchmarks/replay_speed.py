@@ -35,7 +35,7 @@ from tidesim.execution import execution
 from tidesim.hardware import load_hardware
 from tidesim.moe import load_moe_config
 from tidesim.policies import Policy, policy
-from tidesim.replay import Replayer, compile_now, replaying
+from tidesim.replay import Replayer, compile_now, stretches
 from tidesim.replay.routing import routing_of
 from tidesim.replay.stacks import first_depths, new_stacks, walk_recency, walk_refreshes
 from tidesim.shipped import find_shipped
@@ -87,7 +87,7 @@ def timed(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
 def clocked_walks() -> Iterator[list[float]]:
     """Seconds of the compiled part of each run in the block."""
     walked: list[float] = []
-    play = replaying.play
+    play = stretches.play
 
     def clocked(*args: Any) -> Any:
         start_s = time.perf_counter()
@@ -95,11 +95,11 @@ def clocked_walks() -> Iterator[list[float]]:
         walked.append(time.perf_counter() - start_s)
         return makespan
 
-    replaying.play = clocked
+    stretches.play = clocked
     try:
         yield walked
     finally:
-        replaying.play = play
+        stretches.play = play
 
 
 def walk_s(replayer: Replayer, made: Policy, budget: int, repeats: int) -> float:
@@ -120,7 +120,7 @@ def curve(repeats: int) -> dict[str, Any]:
     routing = routing_of(workload)
 
     def recency() -> None:
-        buffers, table = np.zeros((2, E), np.uint16), np.zeros((3, L, E), np.int64)
+        buffers, table = np.zeros((3, E), np.uint16), np.zeros((3, L, E), np.int64)
         walk_recency(routing, first_depths(L, E), *buffers, *table)
 
     def refreshes(by_total: bool, intervals: Sequence[int]) -> None:

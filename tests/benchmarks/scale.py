@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[20, 60])
     parser.add_argument("--layers", type=int, nargs="+", default=[31])
     parser.add_argument("--gen-length", type=int, default=128)
+    parser.add_argument("--no-kv-cache", action="store_true", help="traces with the whole prefix in every forward")
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="others are left out")
     parser.add_argument("--out", type=Path, default=None, help="folder for the traces, which then stay there")
@@ -69,6 +70,7 @@ def measure(folder: Path, num_prompts: int, num_layers: int, arguments: argparse
     (model / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "tidesim"]
     size = ("--shape", model, "--sequences", num_prompts, "--gen-length", arguments.gen_length)
+    size += ("--no-kv-cache",) if arguments.no_kv_cache else ()
     workers = () if arguments.workers is None else ("--workers", arguments.workers)
     how = ("--hardware", "rtx4090", "--policy", "tide", "--budget", 64, "--ignore-memory")
     code = [sys.executable, "-c"]

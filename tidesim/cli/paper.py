@@ -82,6 +82,9 @@ def synthesize(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences to make.")] = 16,
     gen_length: Annotated[int, typer.Option(min=1, help="Tokens generated in each, on average.")] = 128,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, on average.")] = 96,
+    no_kv_cache: Annotated[
+        bool, typer.Option("--no-kv-cache", help="Route the whole prefix in every forward.")
+    ] = False,
     workers: WorkersOption = None,
     overwrite: OverwriteFlag = False,
     seed: SeedOption = 0,
@@ -97,6 +100,7 @@ def synthesize(
             num_sequences=sequences,
             gen_length=gen_length,
             prompt_tokens=prompt_tokens,
+            kv_cache=not no_kv_cache,
             seed=seed,
             overwrite=overwrite,
             workers=workers,
@@ -283,9 +287,8 @@ def compare(
 
 def _workload(opened: Trace, sizes: MoEConfig, context: Context, sequences: Sequence[int] | None = None) -> Workload:
     """The workload of some sequences, all by default, tiled to the layers of the model whose sizes are used, with its
-    look-ahead if it was recorded; of all sequences, the counts are mapped, as there may be many."""
-    is_mapped = sequences is None
-    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead, is_mapped=is_mapped)
+    look-ahead if it was recorded; counts are mapped, as there may be many."""
+    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead, is_mapped=True)
     return workload.tiled(sizes.num_layers)
 
 

@@ -32,8 +32,11 @@ from tidesim.policies import Shape
 from tidesim.residency import Placement
 from tidesim.result import RunResult, tool_version
 from tidesim.trace import Trace
+from tidesim.windows import windows
 from tidesim.workers import Progress
 from tidesim.workload import Workload
+
+Popularity = npt.NDArray[np.int64]  # [L, E]
 
 _TUNED, _HELD_OUT, _TABLE = "tuned", "held-out", "table"
 
@@ -102,16 +105,16 @@ def plan(
     start_s = time.perf_counter()
     wanted = Objective(name=objective) if isinstance(objective, str) else objective
     split = split_sequences(len(trace.sequences), held_out_share, seed)
-    training = _load(trace, model, execution, split.training, demand)
+    popularity, tuning_popularity, most_tokens = _known(trace, model, execution, split, demand)
     workloads = _workloads(trace, model, execution, split, table_visits, demand)
-    max_tokens = max(workload.max_tokens for workload in (training, *workloads.values()))
+    max_tokens = max(most_tokens, *(workload.max_tokens for workload in workloads.values()))
     room = measure_room(model, hardware, execution, max_tokens, reserve_bytes, demand.batch_size)
     check_memory(model, hardware, execution, 0, max_tokens, reserve_bytes, batch_size=demand.batch_size)
     candidates = find_candidates(model, room.slots, workloads[_TUNED], policies, budgets, intervals)
     setting = Setting(
         workloads=workloads,
-        popularity=_popularity(training, split.training),
-        tuning_popularity=_popularity(training, split.profiled or split.training),
+        popularity=popularity,
+        tuning_popularity=tuning_popularity,
         held_out=_HELD_OUT,
         model=model,
         hardware=hardware,
@@ -151,12 +154,25 @@ def plan(
 
 
 def _load(trace: Trace, model: MoEConfig, execution: Execution, sequences: Sequence[int], demand: Demand) -> Workload:
-    return trace.workload(execution.context, sequences).tiled(model.num_layers).answering(demand.gen_length)
+    workload = trace.workload(execution.context, sequences, is_mapped=True)
+    return workload.tiled(model.num_layers).answering(demand.gen_length)
 
 
-def _popularity(workload: Workload, sequences: Sequence[int]) -> npt.NDArray[np.int64]:
+def _known(
+    trace: Trace, model: MoEConfig, execution: Execution, split: Split, demand: Demand
+) -> tuple[Popularity, Popularity, int]:
+    """Who is popular in the training sequences, who in those that are profiled, and the most tokens of the former."""
+    training = _load(trace, model, execution, split.training, demand)
+    profiled = split.profiled or split.training
+    return _popularity(training, split.training), _popularity(training, profiled), training.max_tokens
+
+
+def _popularity(workload: Workload, sequences: Sequence[int]) -> Popularity:
     """[L, E], tokens that each expert got over all forwards of `sequences`."""
-    counted: npt.NDArray[np.int64] = workload.counts[np.isin(workload.sequence, sequences)].sum(axis=0, dtype=np.int64)
+    is_counted = np.isin(workload.sequence, sequences)
+    counted = np.zeros(workload.counts.shape[1:], np.int64)
+    for span, counts in windows(workload.counts):
+        counted += counts[is_counted[span]].sum(axis=0, dtype=np.int64)
     return counted
 
 

@@ -5,7 +5,7 @@ device, host and copies slow each other down is for the event simulator, and its
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tidesim.execution import Execution
 from tidesim.hardware import Hardware
+from tidesim.lending import Lent
 from tidesim.moe import MoEConfig
 from tidesim.policies import Policy, policy
 from tidesim.replay import is_contended
@@ -128,14 +129,18 @@ class Runs:
         self.setting = setting
         self._progress = progress
         self._outcomes: dict[Case, Outcome] = {}
-        self._workers = Workers(setting, 1 if workers is None and not is_contended(setting.hardware) else workers)
+        self._lent = Lent(setting.workloads)
+        num_workers = 1 if workers is None and not is_contended(setting.hardware) else workers
+        self._workers = Workers(replace(setting, workloads=self._lent), num_workers)
 
     def __enter__(self) -> Self:
+        self._lent.__enter__()
         self._workers.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._workers.__exit__(kind, error, tb)
+        self._lent.__exit__(kind, error, tb)
 
     def outcomes(self, cases: Iterable[Case]) -> list[Outcome]:
         """What comes of each case, in order; only those not asked for before are run."""

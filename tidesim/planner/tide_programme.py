@@ -21,7 +21,7 @@ never changes wholly, as the form for d assumes; R squared then says how little 
 Letters: F forwards, L MoE layers, E experts per layer, B budget, T denoising steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ from tidesim.execution import Costs
 from tidesim.planner.candidates import longest_block
 from tidesim.policies import Policy, Shape, forwards_of
 from tidesim.residency import Residency
+from tidesim.windows import spans
 from tidesim.workload import ForwardKind, Workload
 
 Bools = npt.NDArray[np.bool_]
@@ -146,7 +147,8 @@ def wanted_sets(workload: Workload, policy: Policy, budget: int) -> Bools:
     residency = Residency(workload.num_experts, budgets, policy.initial(Shape(workload.num_experts, budgets)))
     wanted = np.zeros(workload.counts.shape, np.bool_)
     for forward in forwards_of(workload):
-        for layer, counts in enumerate(workload.counts[forward.index]):
+        # Counts that are mapped from a file are narrower, and a policy may take them from each other.
+        for layer, counts in enumerate(workload.counts[forward.index].astype(np.int32, copy=False)):
             policy.observe(forward, layer, counts, residency.everybody)
             residency.apply(layer, policy.refresh(forward, layer, counts, residency.everybody))
         wanted[forward.index] = residency.everybody
@@ -160,8 +162,10 @@ def measure_lags(workload: Workload, wanted: Bools, budget: int, num_steps: int)
         old, new = _step_pairs(workload, lag)
         if not len(old):
             continue
-        replaced = int(np.count_nonzero(wanted[new] & ~wanted[old]))
-        missed = int(np.count_nonzero((workload.counts[new] > 0) & ~wanted[old]))
+        replaced = missed = 0
+        for before, after in _windows(wanted, old, new):
+            replaced += int(np.count_nonzero(wanted[after] & ~wanted[before]))
+            missed += int(np.count_nonzero((workload.counts[after] > 0) & ~wanted[before]))
         slots = len(old) * workload.num_layers * budget
         lags.append(Lag(lag=lag, num_pairs=len(old), replaced=replaced / slots, missed=missed / slots))
     return lags
@@ -178,12 +182,20 @@ def _step_pairs(workload: Workload, lag: int) -> tuple[Ints, Ints]:
 def _host_s(workload: Workload, wanted: Bools, costs: Costs) -> float:
     """C_cpu: mean seconds on the host per missed expert, when the set is one step old; 0 if none is ever missed."""
     old, new = _step_pairs(workload, 1)
-    counts = np.where(wanted[old], 0, workload.counts[new])  # [pairs, L, E], rows of missed experts
-    num_missed = int(np.count_nonzero(counts))
-    pairs = counts.sum(axis=2)
-    rows = np.minimum(workload.tokens[new][:, None], pairs)
-    total_ns = int(costs.host_expert_ns[counts].sum()) + int(costs.host_call_ns(rows, pairs).sum())
+    num_missed = total_ns = 0
+    for before, after in _windows(wanted, old, new):
+        counts = np.where(wanted[before], 0, workload.counts[after])  # [pairs, L, E], rows of missed experts
+        num_missed += int(np.count_nonzero(counts))
+        pairs = counts.sum(axis=2, dtype=np.int64)
+        rows = np.minimum(workload.tokens[after][:, None], pairs)
+        total_ns += int(costs.host_expert_ns[counts].sum()) + int(costs.host_call_ns(rows, pairs).sum())
     return total_ns / num_missed / 1e9 if num_missed else 0.0
+
+
+def _windows(wanted: Bools, old: Ints, new: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """Pairs of forwards, so many at a time as do not take much memory."""
+    for span in spans((len(old), *wanted.shape[1:])):
+        yield old[span], new[span]
 
 
 # --- the fits ---

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from tidesim.paper_run import check_counts
 from tidesim.policies import policy
-from tidesim.replay.routing import parts_of, routing_of
+from tidesim.replay.routing import routing_of
 from tidesim.replay.stacks import first_depths, new_stacks, walk_recency, walk_refreshes
+from tidesim.windows import spans
 from tidesim.workload import Workload
 
 Ints = npt.NDArray[np.int64]
@@ -78,7 +79,7 @@ def lru_curve(workload: Workload | Iterable[Workload]) -> Curve:
         L, E = part.num_layers, part.num_experts
         if table is None:
             table, depth = np.zeros((3, L, E), np.int64), first_depths(L, E)
-        for forwards in parts_of(part):
+        for forwards in spans(part.counts.shape):
             walk_recency(routing_of(part, forwards), depth, *np.zeros((3, E), np.uint16), *table)
     if table is None:
         raise ValueError("workload must have a part at least.")
@@ -142,7 +143,7 @@ def _refreshed(
     stacks = new_stacks(len(refresh_intervals), workload.num_layers, workload.num_experts)
     intervals = np.array(refresh_intervals, np.int64)
     is_by_total = rule.name == "hottest-for-coldest"
-    for forwards in parts_of(workload):
+    for forwards in spans(workload.counts.shape):
         routing = routing_of(workload, forwards)
         walk_refreshes(routing, intervals, rule.first_block, is_by_total, is_background, stacks)
     curves = []

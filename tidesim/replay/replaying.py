@@ -1,6 +1,8 @@
 """One run, or many on the same routing, from their inputs to their results."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,19 +16,22 @@ from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
 from tidesim.policies import Policy
 from tidesim.replay.bits import words_of
 from tidesim.replay.clock import BUSY as LINK_BUSY
-from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, IS_FULL, Clock, new_clock, play, stop
+from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, new_clock, play, stop
 from tidesim.replay.prices import Fixed, Prices, fixed_of, prices_of
-from tidesim.replay.routing import NO_ROUTING, Routing, parts_of, routing_of
+from tidesim.replay.routing import NO_ROUTING, Routing, routing_of
 from tidesim.replay.rules import ruled
-from tidesim.replay.script import NO_SCRIPT, Decisions, decide
+from tidesim.replay.script import NO_SCRIPT, Decisions, Script, decide
+from tidesim.replay.stretches import Stretch, play_all
 from tidesim.residency import Placement
 from tidesim.result import RunResult
+from tidesim.windows import forget, spans
 from tidesim.workload import Workload
 
 Ints = npt.NDArray[np.int64]
 
-_KEPT_DECISIONS = 16  # a long workload's take tens of megabytes
-_KEPT_ROUTING_BYTES = 1 << 30  # of a workload; what goes beyond is read again for each run
+_KEPT_DECISIONS = 16
+_KEPT_SCRIPT_BYTES = 1 << 26  # of one of them; longer ones are decided anew
+_KEPT_ROUTING_BYTES = 1 << 28  # what is beyond is read anew for each run
 
 
 def replay(
@@ -58,8 +63,9 @@ class Replayer:
     def __init__(self, workload: Workload) -> None:
         check_counts(workload)
         self.workload = workload
-        self._parts = parts_of(workload)
-        self._routing: dict[int, Routing] = {}  # by part, as far as kept
+        self._stretches = spans(workload.counts.shape)
+        self._routings: list[Routing] = []  # of the first stretches
+        self._room_bytes = _KEPT_ROUTING_BYTES
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
 
@@ -79,26 +85,21 @@ class Replayer:
                 "that is for the event simulator: use simulate(), or --engine simpy."
             )
         paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
-        return paper.result(self._timed(self._decide(paper), paper, spent))
-
-    def _decide(self, paper: PaperRun) -> Decisions:
-        """What the policy decides, from memory if it was asked before and goes by the routing alone."""
-        policy, is_background = paper.policy, paper.execution.copies == "background"
-        key = (id(policy), paper.budgets, is_background)
-        if key in self._decided:
-            return self._decided[key][1]
-        decisions = decide(self.workload, policy, paper.shape, is_background=is_background)
-        if policy.is_routing_only:
-            self._decided[key] = (policy, decisions)
-            if len(self._decided) > _KEPT_DECISIONS:
-                del self._decided[next(iter(self._decided))]
-        return decisions
-
-    def _timed(self, decisions: Decisions, paper: PaperRun, spent: Ints | None) -> Mapping[str, Any]:
-        """What a `RunResult` counts and times."""
-        prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
         noted = np.zeros((0, 0), np.int64) if spent is None else spent
-        clock, makespan_ns = self._play(decisions, prices, fixed, noted)
+        return paper.result(self._timed(paper, noted))
+
+    def _timed(self, paper: PaperRun, spent: Ints) -> Mapping[str, Any]:
+        """What a `RunResult` counts and times."""
+        decisions = self._decide(paper)
+        num_experts = paper.model.num_experts
+        resident = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
+        prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
+        clock, makespan_ns = play_all(
+            self._read(prices, self._scripts(decisions, paper), spent),
+            fixed,
+            ruled(decisions, num_experts),
+            new_clock(resident, FIRST_ROOM),
+        )
         tally: list[int] = clock.tally.tolist()
         hits, misses, promotions, evictions, drops = tally[:DEVICE_BUSY]
         links = clock.links[:, LINK_BUSY].tolist()
@@ -114,29 +115,62 @@ class Replayer:
             "busy_ns": {"device": tally[DEVICE_BUSY], "host": tally[HOST_BUSY], "h2d": links[H2D], "d2h": links[D2H]},
         }
 
-    def _play(self, decisions: Decisions, prices: Prices, fixed: Fixed, spent: Ints) -> tuple[Clock, int]:
-        """Walk the forwards, with more room for copies under way as long as there is too little."""
-        num_experts, num_layers, room = self.workload.num_experts, self.workload.num_layers, FIRST_ROOM
-        residents = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
-        while True:
-            clock, rule, now_ns = new_clock(residents, room), ruled(decisions, num_experts), 0
-            for number, part in enumerate(self._parts):
-                script = decisions.script.cut(part, num_layers)
-                routing, prices_now = self._routing_of(number), prices.cut(part)
-                now_ns = play(routing, prices_now, fixed, script, rule, clock, spent[part], now_ns)
-            stop(fixed, clock, now_ns)
-            if not clock.links[:, IS_FULL].any():
-                return clock, int(now_ns)
-            room *= 16
+    def _read(self, prices: Prices, scripts: Iterator[Script], spent: Ints) -> Iterator[Stretch]:
+        """All forwards, stretch by stretch."""
+        for number, (script, span) in enumerate(zip(scripts, self._stretches, strict=True)):
+            yield Stretch(self._routing(number), prices.during(span), script, spent[span])
 
-    def _routing_of(self, number: int) -> Routing:
-        """The routing of a part, from memory if there is room to keep it."""
-        if number in self._routing:
-            return self._routing[number]
-        routing = routing_of(self.workload, self._parts[number])
-        if sum(kept.num_bytes for kept in self._routing.values()) + routing.num_bytes <= _KEPT_ROUTING_BYTES:
-            self._routing[number] = routing
+    def _routing(self, number: int) -> Routing:
+        """The routing of one stretch, kept as long as there is room."""
+        if number < len(self._routings):
+            return self._routings[number]
+        routing = routing_of(self.workload, self._stretches[number])
+        forget(self.workload.counts)
+        if number == len(self._routings) and routing.num_bytes <= self._room_bytes:
+            self._routings.append(routing)
+            self._room_bytes -= routing.num_bytes
         return routing
+
+    def _decide(self, paper: PaperRun) -> Decisions:
+        """What the policy decides, from memory if it was asked before and goes by the routing alone."""
+        key = _key(paper)
+        if key in self._decided:
+            return self._decided[key][1]
+        policy, is_background = paper.policy, _is_background(paper)
+        decisions = decide(self.workload, policy, paper.shape, self._stretches, is_background=is_background)
+        if decisions.scripts is None:
+            self._keep(paper, decisions)
+        return decisions
+
+    def _scripts(self, decisions: Decisions, paper: PaperRun) -> Iterator[Script]:
+        """The moves in each stretch; they are kept if they are all known in the end and do not take much memory."""
+        if decisions.scripts is None:
+            yield from repeat(NO_SCRIPT, len(self._stretches))
+            return
+        scripts, num_bytes = [], 0
+        for script in decisions.scripts:
+            num_bytes += sum(column.nbytes for column in script)
+            if num_bytes <= _KEPT_SCRIPT_BYTES:
+                scripts.append(script)
+            yield script
+        if num_bytes <= _KEPT_SCRIPT_BYTES:
+            self._keep(paper, replace(decisions, scripts=scripts))
+
+    def _keep(self, paper: PaperRun, decisions: Decisions) -> None:
+        """Remember what a policy decided that goes by the routing alone."""
+        if paper.policy.is_routing_only:
+            self._decided[_key(paper)] = (paper.policy, decisions)
+            if len(self._decided) > _KEPT_DECISIONS:
+                del self._decided[next(iter(self._decided))]
+
+
+def _key(paper: PaperRun) -> tuple[int, tuple[int, ...], bool]:
+    """What decisions depend on, beside the routing."""
+    return id(paper.policy), paper.budgets, _is_background(paper)
+
+
+def _is_background(paper: PaperRun) -> bool:
+    return paper.execution.copies == "background"
 
 
 def is_contended(hardware: Hardware) -> bool:
@@ -155,8 +189,8 @@ def is_compiled() -> bool:
 def compile_now() -> None:
     """Compile what replays a run, unless that is on disk: before processes start that would each do it."""
     prices = Prices(*np.zeros((4, 1, 2), np.int64), *np.zeros((6, 1), np.int64))
+    decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, scripts=None)
     fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
-    decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, script=NO_SCRIPT)
     clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
     play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1), clock, np.zeros((0, 0), np.int64), 0)
     stop(fixed, clock, 0)

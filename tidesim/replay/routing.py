@@ -17,10 +17,6 @@ from tidesim.workload import Workload
 
 Ints = npt.NDArray[np.int64]
 
-# Counts that are read at a time. What is made of them takes half a gigabyte at most, if hardly any two experts have
-# equal rows, and a tenth of that where a block is decoded by itself.
-_PART_COUNTS = 1 << 24
-
 
 class Routing(NamedTuple):
     """Which experts have rows, layer by layer and forward by forward.
@@ -66,12 +62,6 @@ def _no_routing() -> Routing:
 
 
 NO_ROUTING = _no_routing()
-
-
-def parts_of(workload: Workload) -> list[slice]:
-    """The forwards of `workload` in as many slices as it takes to keep the routing of each small."""
-    length = max(1, _PART_COUNTS // (workload.num_layers * workload.num_experts))
-    return [slice(begin, begin + length) for begin in range(0, workload.num_forwards, length)]
 
 
 def routing_of(workload: Workload, part: slice) -> Routing:
