@@ -103,12 +103,12 @@ def test_measured_experts_take_their_own_times():
     assert timeline[2:] == [
         ("device", "experts", 1200, 1440),
         ("h2d", "promote 2", 1200, 1510),
-        ("device", "expert 2", 1510, 1750),
+        ("device", "expert 2", 1510, 1710),
         ("h2d", "promote 3", 1510, 1820),
-        ("device", "expert 3", 1820, 2060),
-        ("device", "head", 2060, 3060),
+        ("device", "expert 3", 1820, 2020),
+        ("device", "head", 2020, 3020),
     ]
-    assert parts(result) == [1000, 720, 0, 0, 140]
+    assert parts(result) == [1000, 640, 0, 0, 180]
 
 
 def test_blocking_moves_come_before_the_experts_evictions_first():

@@ -1,6 +1,7 @@
 """Any device that `torch.accelerator` reports: streams, events, and copies from pinned host memory.
 
-Promotions queue up on a stream beside the one that computes. Resident experts run as one grouped product per matrix.
+Promotions queue up on a stream beside the one that computes. Resident experts run as one grouped product per matrix,
+and so do fetched ones whose copies are under way at once.
 A call to the device takes the host longer than most kernels run, so there are few: copies that are begun together wait
 for one event, indices travel in one piece, and memory and events are used again from layer to layer.
 

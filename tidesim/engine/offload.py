@@ -98,9 +98,10 @@ class Offload:
         self.times = Times(len(self.budgets), is_detailed)
         self._next = ForwardInfo(-1, -1, ForwardKind.DENOISE, 0, 0, is_first_block=False, tokens=0)
         backend.open_slots(self.slots.sizes)
-        # Filling the slots is no part of the run.
+        # Filling the slots is no part of the run, and done before it begins.
         for arrival in backend.copy(list(self.slots.places())):
             backend.wait_for(arrival)
+        backend.elapsed_ns([backend.stamp(), backend.stamp()])
         self._busy_before_ns = backend.busy_ns()
         for layer, moe in enumerate(network.moe_layers):
             moe.experts = OffloadedExperts(self, layer)
