@@ -15,8 +15,8 @@ from tidesim.execution import EXECUTIONS, execution
 from tidesim.hardware import Contention, load_hardware
 from tidesim.moe import load_moe_config
 from tidesim.policies import POLICIES, Shape, policy
-from tidesim.policies.pieces import SetOrder
 from tidesim.policies.predictors import Previous
+from tidesim.policies.victims import SetOrder
 from tidesim.replay import Replayer, clock, replay, replaying
 from tidesim.replay.rules import build_set
 from tidesim.shipped import find_shipped
