@@ -16,8 +16,8 @@ from tidesim.execution import EXECUTIONS, execution
 from tidesim.hardware import Contention, load_hardware
 from tidesim.moe import load_moe_config
 from tidesim.policies import POLICIES, Shape, policy
-from tidesim.policies.pieces import SetOrder
 from tidesim.policies.predictors import Previous
+from tidesim.policies.victims import SetOrder
 from tidesim.replay import Replayer, clock, replay, replaying, script, stretches
 from tidesim.replay.rules import build_set, list_set
 from tidesim.shipped import find_shipped
@@ -174,7 +174,7 @@ def test_copies_that_pile_up_are_given_room(monkeypatch: pytest.MonkeyPatch) -> 
     rooms = []
 
     def noted(*args):
-        rooms.append(args[-1].links.shape[1] - clock.RING)
+        rooms.append(args[5].links.shape[1] - clock.RING)
         return clock.play(*args)
 
     monkeypatch.setattr(stretches, "play", noted)

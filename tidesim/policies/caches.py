@@ -7,9 +7,10 @@ scratch memory under `lru`.
 
 from tidesim.policies.composition import Composition, first_ids, last_ids
 from tidesim.policies.interface import Policy
-from tidesim.policies.pieces import Arrival, Decayed, FrequencyOverAge, InUse, LastUse, Lowest, Recency, Visits
+from tidesim.policies.pieces import Arrival, Decayed, FrequencyOverAge, InUse, LastUse, Recency, Visits
 from tidesim.policies.rules import Rule
 from tidesim.policies.splits import KeepAll, KeepBest
+from tidesim.policies.victims import Lowest
 
 # --- plain rules ---
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from tidesim.policies.composition import Composition, EverySteps, Guard, Refresh, first_ids
 from tidesim.policies.interface import Policy
-from tidesim.policies.pieces import Arrival, Lowest, SetOrder, ThisForward, Total
+from tidesim.policies.pieces import Arrival, ThisForward, Total
 from tidesim.policies.rules import Rule
+from tidesim.policies.victims import Lowest, SetOrder
 
 
 def tide(refresh_interval: int | Sequence[int] = 1) -> Policy:
@@ -39,7 +40,7 @@ def tide_as_coded(refresh_interval: int | Sequence[int] = 1) -> Policy:
     sequence's first decoded block. A refresh looks at this forward's counts alone: the targets are the (at most) B
     experts with most tokens, those without any left out. Absent targets are promoted, most tokens first. As many
     residents that are no targets are evicted: the first ones in the iteration order of a CPython set, so neither counts
-    nor recency decide; see `pieces.SetOrder`.
+    nor recency decide; see `victims.SetOrder`.
 
     The first residents are ids 0..B-1. The released code has no KV cache, hence no prefill and no commit forwards, and
     counts every row of its window; here such forwards never refresh. Ties: PyTorch's top-k leaves the order of equal

@@ -116,9 +116,9 @@ def tide_as_coded_curves(
     """What `policies.tide.tide_as_coded` does at each of `refresh_intervals`, at the budgets for which this is exact.
 
     With a experts active in a refresh, a budget B <= a holds just the first B of them. Above that some residents are
-    evicted and others stay in the order of a set. If that is the order of ids, as it is for B >= 77 and E <= 512 (see
-    `pieces.SetOrder`), residents are nested all the same. For all other budgets it depends on what was put into the set
-    before; so a layer is exact there only if no refresh with a < B ever promoted anybody.
+    evicted and others stay in the order of a set. If that is the order of ids, as it is for B >= 77 and E <= 512, see
+    `victims.SetOrder`, residents are nested all the same. For all other budgets it depends on what was put into the
+    set before; so a layer is exact there only if no refresh with a < B ever promoted anybody.
 
     `is_background` and errors are as for `tide_curves`.
     """
