@@ -100,8 +100,9 @@ class Replayer:
         """Walk the forwards, with more room for copies under way as long as there is too little."""
         num_experts, num_layers, room = self.workload.num_experts, self.workload.num_layers, FIRST_ROOM
         residents = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
+        num_steps = int(self.workload.step.max()) + 1
         while True:
-            clock, rule, now_ns = new_clock(residents, room), ruled(decisions, num_experts), 0
+            clock, rule, now_ns = new_clock(residents, room), ruled(decisions, num_experts, num_steps), 0
             for number, part in enumerate(self._parts):
                 script = decisions.script.cut(part, num_layers)
                 now_ns = play(self._routing_of(number), prices.cut(part), fixed, script, rule, clock, now_ns)
@@ -139,5 +140,5 @@ def compile_now() -> None:
     fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
     decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, script=NO_SCRIPT)
     clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
-    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1), clock, 0)
+    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1, 1), clock, 0)
     stop(fixed, clock, 0)
