@@ -1,6 +1,7 @@
 """One run, or many on the same routing, from their inputs to their results."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -11,6 +12,7 @@ from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
 from tidesim.policies import Policy
+from tidesim.replay.ages import fill_step_costs
 from tidesim.replay.bits import words_of
 from tidesim.replay.clock import BUSY as LINK_BUSY
 from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, IS_FULL, Clock, new_clock, play, stop
@@ -18,6 +20,7 @@ from tidesim.replay.prices import Fixed, Prices, fixed_of, prices_of
 from tidesim.replay.routing import NO_ROUTING, Routing, parts_of, routing_of
 from tidesim.replay.rules import ruled
 from tidesim.replay.script import NO_SCRIPT, Decisions, decide
+from tidesim.replay.step_costs import StepCosts
 from tidesim.residency import Placement
 from tidesim.result import RunResult
 from tidesim.workload import Workload
@@ -50,6 +53,7 @@ class Replayer:
         check_counts(workload)
         self.workload = workload
         self._parts = parts_of(workload)
+        self._num_steps = int(workload.step.max()) + 1
         self._routing: dict[int, Routing] = {}  # by part, as far as kept
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
@@ -63,6 +67,23 @@ class Replayer:
             )
         paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
         return paper.result(self._timed(self._decide(paper), paper))
+
+    def step_costs(
+        self, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]
+    ) -> StepCosts:
+        """What each layer takes at each step of a block, by the step of its last refresh; see `ages`.
+
+        The schedule of `policy` does not matter. Raise InputError if it does not refresh, or has no rule to do it by.
+        """
+        paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
+        decisions = self._decide(paper)
+        if decisions.rule is None or decisions.rule.name not in ("top-counts", "hottest-for-coldest"):
+            raise InputError(f"policy {policy.name!r} has no refresh steps to choose; take 'tide' or 'tide-as-coded'.")
+        every_step = replace(decisions.rule.schedule, refresh_interval=1, refresh_steps=None)
+        decisions = replace(decisions, rule=replace(decisions.rule, schedule=every_step))
+        prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
+        parts = ((self._routing_of(number), prices.cut(part)) for number, part in enumerate(self._parts))
+        return fill_step_costs(parts, fixed, decisions, self.workload.num_experts, self._num_steps)
 
     def _decide(self, paper: PaperRun) -> Decisions:
         """What the policy decides, from memory if it was asked before and goes by the routing alone."""
@@ -100,9 +121,8 @@ class Replayer:
         """Walk the forwards, with more room for copies under way as long as there is too little."""
         num_experts, num_layers, room = self.workload.num_experts, self.workload.num_layers, FIRST_ROOM
         residents = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
-        num_steps = int(self.workload.step.max()) + 1
         while True:
-            clock, rule, now_ns = new_clock(residents, room), ruled(decisions, num_experts, num_steps), 0
+            clock, rule, now_ns = new_clock(residents, room), ruled(decisions, num_experts, self._num_steps), 0
             for number, part in enumerate(self._parts):
                 script = decisions.script.cut(part, num_layers)
                 now_ns = play(self._routing_of(number), prices.cut(part), fixed, script, rule, clock, now_ns)
