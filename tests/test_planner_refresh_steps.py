@@ -15,6 +15,7 @@ from tidesim.errors import InputError
 from tidesim.planner.refresh_steps import (
     climb,
     common_steps,
+    in_turn,
     intervals_by_layer,
     neighbours,
     refresh_steps,
@@ -87,6 +88,11 @@ def test_no_constant_interval_is_better_by_the_costs_than_the_path(costs):
 def test_where_nothing_is_gained_nothing_is_refreshed():
     keep_ns = np.ones((4, 4), np.int64)
     assert shortest_path(keep_ns, keep_ns) == ()
+
+
+def test_layers_take_turns():
+    assert in_turn(2, 3, 5) == ((0, 2, 4), (1, 3), (0, 2, 4))
+    assert in_turn(4, 2, 1) == ((0,), ())
 
 
 # --- the costs ---
@@ -239,4 +245,4 @@ def test_choosing_never_looks_at_the_sequences_held_out(monkeypatch):
         lambda *args, **_: runs.append(args) or report.path.training,
     )
     refresh_steps(drawn_workload(6, [5, 3, 5]), None, TWO_LAYERS, toy_hardware(), max_runs=3, **kwargs)
-    assert len(runs) <= 5 + 4 + 4  # intervals, starts and ways, neighbours
+    assert len(runs) <= 5 + 4 + 4 + 7  # intervals, starts and ways, neighbours, turns

@@ -3,8 +3,8 @@
 What a step of a block costs depends on when the last refresh was, so the best steps are a shortest path over (last
 refresh, step). `StepCosts` has the lengths, and the path is exact for them, for each layer or for all together. They
 only resemble what a run takes, as background copies share one link. So from there on all is replayed: steps are
-dropped, added and shifted as long as that is faster on the training sequences, and what comes of it is held against
-every constant interval.
+dropped, added and shifted as long as that is faster on the training sequences; layers take turns, so that their copies
+do not all ask for the link in the same forward; and what comes of it is held against every constant interval.
 
 Letters: L MoE layers, S steps of the longest block.
 """
@@ -27,6 +27,7 @@ from tidesim.timing import timed
 from tidesim.workload import Workload
 
 _NEVER_NS = 2**62
+_STAGGERED = range(2, 9)  # intervals
 MAX_RUNS = 64
 
 
@@ -69,6 +70,11 @@ def intervals_by_layer(costs: StepCosts) -> tuple[int, ...]:
     intervals = range(costs.num_steps, 0, -1)
     times_ns = [costs.time_ns(Schedule(interval)) for interval in intervals]
     return tuple(intervals[number] for number in np.argmin(times_ns, axis=0).tolist())
+
+
+def in_turn(interval: int, num_layers: int, num_steps: int) -> tuple[tuple[int, ...], ...]:
+    """Every layer each `interval` steps, but not all of them on the same: layer l begins at step l mod `interval`."""
+    return tuple(tuple(range(layer % interval, num_steps, interval)) for layer in range(num_layers))
 
 
 # --- the neighbourhood ---
@@ -146,6 +152,7 @@ class RefreshSteps:
     path : the shortest path for all layers together, as it is, and
     climbed : after its neighbours, and those of the best interval, were tried.
     by_layer : the shortest path of each layer.
+    staggered : layers refreshed in turn, at the interval where that is fastest; see `in_turn`.
     num_runs : runs on training sequences that it took.
     """
 
@@ -155,6 +162,7 @@ class RefreshSteps:
     path: Refreshes
     climbed: Refreshes
     by_layer: Refreshes
+    staggered: Refreshes
     num_runs: int
 
     @property
@@ -165,7 +173,8 @@ class RefreshSteps:
     @property
     def chosen(self) -> Refreshes:
         """The listed steps that are fastest on the training sequences."""
-        return min((self.climbed, self.path, self.by_layer), key=lambda one: one.training.makespan_ns)
+        ways = (self.climbed, self.path, self.by_layer, self.staggered)
+        return min(ways, key=lambda one: one.training.makespan_ns)
 
     @property
     def training_gain(self) -> float:
@@ -197,7 +206,7 @@ class RefreshSteps:
 
     def to_dict(self) -> dict[str, object]:
         """Every way to refresh, and the verdict, ready for JSON."""
-        ways = ("constant", "chosen", "intervals_by_layer", "path", "climbed", "by_layer")
+        ways = ("constant", "chosen", "intervals_by_layer", "path", "climbed", "by_layer", "staggered")
         return {
             "policy": self.policy,
             **{way: getattr(self, way).to_dict() for way in ways},
@@ -242,6 +251,7 @@ def refresh_steps(
         lambda steps: int(costs.time_ns(Schedule.of(None, steps)).sum()),
         max_runs,
     )
+    turns = [in_turn(interval, costs.num_layers, costs.num_steps) for interval in _STAGGERED]
 
     def way(interval: int | Sequence[int] | None, steps: AnySteps | None = None) -> Refreshes:
         schedule = Schedule.of(interval, steps)
@@ -255,6 +265,7 @@ def refresh_steps(
         path=way(None, path),
         climbed=way(None, climbed),
         by_layer=way(None, steps_by_layer(costs)),
+        staggered=way(None, min(turns, key=timer.of_steps(training))),
         num_runs=timer.num_runs(training),
     )
 
@@ -284,7 +295,7 @@ class _Timer:
         """How long a run with an interval takes."""
         return lambda interval: self.run(workload, Schedule(interval)).makespan_ns
 
-    def of_steps(self, workload: Workload) -> Callable[[tuple[int, ...]], int]:
+    def of_steps(self, workload: Workload) -> Callable[[AnySteps], int]:
         """How long a run with refreshes at some steps takes."""
         return lambda steps: self.run(workload, Schedule.of(None, steps)).makespan_ns
 
