@@ -110,6 +110,10 @@ def test_tide_gets_its_two_numbers() -> None:
             plan_for(MODEL, (2, 2, 2), refresh_interval=(1, 2, 2)),
             ["Refresh intervals that differ", "Policy 'tide'", "Execution 'overlapped'", "Memory"],
         ),
+        (
+            plan_for(MODEL, (2, 2, 2), refresh_interval=None, refresh_steps=((0, 1), (0, 1), ())),
+            ["Refresh steps that are no multiples", "Policy 'tide'", "Execution 'overlapped'", "Memory"],
+        ),
         (STATIC, ["Budgets that differ", "Policy 'static'", "Which experts", "Execution 'overlapped'", "Memory"]),
         (LRU, ["Policy 'lru'", "Missed experts are fetched", "Execution 'overlapped'", "Memory"]),
     ],

@@ -127,6 +127,42 @@ def test_each_layer_may_have_its_own_interval():
         policy("tide", refresh_interval=[1, 2]).initial(Shape(4, (1, 1, 1)))
 
 
+def test_refreshes_may_be_listed_step_by_step():
+    """At steps 1 and 2 of each block, or of layer 0 alone; after those the residents stay, into the next block too."""
+    blocks = [forward(i, step=i % 4, block=i // 4) for i in range(8)]
+    steps = [(info, np.roll(np.eye(4, dtype=np.int32), i, 1)[[0, 0]]) for i, info in enumerate(blocks)]
+    log, _ = run(policy("tide-as-coded", refresh_steps=[1, 2]), [1, 1], steps)
+    assert [(index, layer) for index, layer, *_ in log] == [(i, layer) for i in (1, 2, 5, 6) for layer in (0, 1)]
+    made = policy("rlx", refresh_steps=[[1, 2], []])
+    log, _ = run(made, [1, 1], steps)
+    assert [(index, layer) for index, layer, *_ in log] == [(i, 0) for i in (1, 2, 5, 6)]
+    assert (made.refresh_interval, made.refresh_steps) == (None, ((1, 2), ()))
+
+
+def test_listed_multiples_are_an_interval():
+    """The first block is refreshed at each step by both where the policy says so."""
+    infos = [forward(i, step=i % 5, block=i // 5, first=i < 5) for i in range(15)]
+    rng = np.random.default_rng(0)
+    steps = [(info, rng.integers(0, 5, (2, 6)).astype(np.int32)) for info in infos]
+    for name in ("tide", "tide-as-coded", "rlx"):
+        by_interval, _ = run(policy(name, refresh_interval=[2, 3]), [2, 3], steps)
+        by_steps, _ = run(policy(name, refresh_steps=((0, 2, 4), (0, 3))), [2, 3], steps)
+        assert by_interval == by_steps
+
+
+def test_steps_for_another_number_of_layers_or_beside_an_interval_are_refused():
+    with pytest.raises(InputError, match="refresh_steps has 2 lists; give one, or one for each of the 3"):
+        policy("tide", refresh_steps=[[1], [2]]).initial(Shape(4, (1, 1, 1)))
+    with pytest.raises(InputError, match="either refresh_interval or refresh_steps"):
+        policy("tide", refresh_interval=2, refresh_steps=[0])
+
+
+@pytest.mark.parametrize("bad", [3, "0,1", [1, 0], [0, 0], [-1], [0.5], ["0"], [True], [[0], 1], [[0], [2, 1]]])
+def test_steps_that_are_no_ascending_steps_are_refused(bad):
+    with pytest.raises(InputError, match="refresh_steps"):
+        policy("tide", refresh_steps=bad)
+
+
 @pytest.mark.parametrize("bad", [0, -1, 1.5, "4", [1, 0]])
 def test_intervals_below_one_or_not_whole_are_refused(bad):
     with pytest.raises(InputError, match="refresh_interval"):

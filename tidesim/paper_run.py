@@ -82,6 +82,7 @@ class PaperRun:
             policy=policy.name,
             budget=one_or_each(self.budgets),
             refresh_interval=policy.refresh_interval,
+            refresh_steps=policy.refresh_steps,
             execution=self.execution.name,
             context=workload.context,
             hardware=self.hardware.name,

@@ -27,6 +27,7 @@ from tidesim.cli.app import (
     PredictorOption,
     ReserveOption,
     SeedOption,
+    StepsOfBlockOption,
     TimelineOption,
     TraceOption,
     WeightBitsOption,
@@ -118,6 +119,7 @@ def simulate(
     model: ModelOption = None,
     budget: BudgetOption = None,
     refresh_interval: IntervalOption = None,
+    refresh_steps: StepsOfBlockOption = None,
     corpus: Annotated[
         str | None,
         typer.Option(
@@ -150,7 +152,8 @@ def simulate(
     if corpus is not None:
         with Trace.open(corpus) as opened:
             learnt = _workload(opened, sizes, how.context).batched(batch)
-    made = chosen_policy(policy_name, refresh_interval, predictor, Knowledge(workload=workload, corpus=learnt))
+    knowledge = Knowledge(workload=workload, corpus=learnt)
+    made = chosen_policy(policy_name, refresh_interval, refresh_steps, predictor, knowledge)
     reserve = reserve_bytes(reserve_gib)
     if budget is None:
         slots: int | list[int] = _default_budget(made, sizes, machine, how, workload, reserve)

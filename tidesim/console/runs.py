@@ -145,7 +145,7 @@ def result_tables(document: Document) -> RenderableType:
         "routing" if document["is_measured"] else "trace": document["trace_origin"],
         "machine": document["hardware"],
         "execution": f"{document['execution']}, context {document['context']}" + _batch(document["batch_size"]),
-        "policy": document["policy"] + _interval(document["refresh_interval"]),
+        "policy": document["policy"] + _refreshes(document),
         "budget": f"{_per_layer(document['budget'])} experts a layer",
         "throughput": f"{document['tok_per_s']:.2f} tok/s {how} ({document['generated_tokens']} tokens "
         f"in {document['makespan_s']:.2f} s, {document['num_forwards']} forwards)",
@@ -230,8 +230,21 @@ def _ids(sequences: Sequence[int]) -> str:
     return ", ".join(map(str, sequences)) if len(sequences) <= 8 else f"{len(sequences)} sequences"
 
 
-def _interval(refresh_interval: int | Sequence[int] | None) -> str:
-    return "" if refresh_interval is None else f", refresh every {_per_layer(refresh_interval)} steps"
+def _refreshes(document: Document) -> str:
+    if document["refresh_steps"] is not None:
+        return f", refresh at {_steps(document['refresh_steps'])}"
+    interval = document["refresh_interval"]
+    return "" if interval is None else f", refresh every {_per_layer(interval)} steps"
+
+
+def _steps(refresh_steps: Sequence[int] | Sequence[Sequence[int]]) -> str:
+    """Steps of a block, the same for all layers or some for each."""
+    rows = [row for row in refresh_steps if not isinstance(row, int)]
+    common = [step for step in refresh_steps if isinstance(step, int)] if not rows else rows[0]
+    if any(row != common for row in rows):
+        lengths = [len(row) for row in rows]
+        return f"each layer's own steps of a block, {min(lengths)} to {max(lengths)} of them"
+    return f"steps {_per_layer(common)} of each block" if common else "no step"
 
 
 def _per_layer(value: int | Sequence[int]) -> str:
@@ -257,9 +270,7 @@ def plan_tables(document: Document) -> RenderableType:
         "execution": f"{chosen['execution']}, context {chosen['context']}",
         "policy": chosen["policy"],
         "budget": f"{_spread(chosen['budget'])} experts a layer, {sum(chosen['budget'])} of {document['slots']} slots",
-        "refresh": "never"
-        if chosen["refresh_interval"] is None
-        else f"every {_spread(chosen['refresh_interval'])} steps",
+        "refresh": _planned_refreshes(chosen),
         "expect": f"{document['predicted']['tok_per_s']:.2f} tok/s{score}",
         "optimal": f"in its table to {100 * document['gap']:.2g} % ({document['solver']['solver']}); "
         f"{document['num_runs']} simulated runs, {document['total_s']:.0f} s",
@@ -270,6 +281,12 @@ def plan_tables(document: Document) -> RenderableType:
     facts |= {f"TIDE's own programme ({tide['policy']})": _tide(tide) for tide in document["tide"]}
     runs = [{**document["predicted"], "label": "this plan"}, *_labelled(document["baselines"])]
     return Group(facts_of("Plan", facts), _ranking(document), breakdown_table(runs))
+
+
+def _planned_refreshes(chosen: Document) -> str:
+    if chosen["refresh_steps"] is not None:
+        return f"at {_steps(chosen['refresh_steps'])}"
+    return "never" if chosen["refresh_interval"] is None else f"every {_spread(chosen['refresh_interval'])} steps"
 
 
 def _ranking(document: Document) -> Table:

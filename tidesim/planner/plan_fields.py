@@ -27,11 +27,15 @@ Check = Callable[[object], str | None]
 
 
 class PlanField(NamedTuple):
-    """One field: its dotted path, what is wrong with a value (None: nothing), and what it means, with its unit."""
+    """One field: its dotted path, what is wrong with a value (None: nothing), and what it means, with its unit.
+
+    One that is optional may be left out, and is null then: files from before it was thought of have none.
+    """
 
     path: str
     check: Check
     description: str
+    is_optional: bool = False
 
 
 # --- kinds of values ---
@@ -82,13 +86,20 @@ def _list(check_item: Check) -> Check:
     return check
 
 
-def _ids(value: object) -> str | None:
-    """Ascending ids >= 0, each once."""
-    problem = _list(_whole(0))(value)
-    if problem or not isinstance(value, list):
-        return problem
-    is_rising = all(low < high for low, high in itertools.pairwise(value))
-    return None if is_rising else "must be ascending ids, each once"
+def _ascending(what: str) -> Check:
+    """Whole numbers >= 0, each once."""
+
+    def check(value: object) -> str | None:
+        problem = _list(_whole(0))(value)
+        if problem or not isinstance(value, list):
+            return problem
+        is_rising = all(low < high for low, high in itertools.pairwise(value))
+        return None if is_rising else f"must be ascending {what}, each once"
+
+    return check
+
+
+_ids = _ascending("ids")
 
 
 def _or_null(check_value: Check) -> Check:
@@ -138,6 +149,12 @@ FIELDS = (
     PlanField("policy", _name(POLICY_NAMES), "who decides which experts are resident"),
     PlanField("budget", _list(_whole(0)), "expert slots on the device, one number per MoE layer"),
     PlanField("refresh_interval", _or_null(_list(_whole(1))), "denoising steps between refreshes, per MoE layer"),
+    PlanField(
+        "refresh_steps",
+        _or_null(_list(_ascending("steps"))),
+        "in place of an interval: the denoising steps of a block that are refreshed, per MoE layer",
+        is_optional=True,
+    ),
     PlanField("placement", _or_null(_list(_ids)), "ids of the experts that a static policy keeps, per MoE layer"),
     PlanField("miss_rule", _name(["host", "fetch", "split"]), "missed experts run on the host, are fetched, or both"),
     PlanField("max_tokens", _whole(1), "longest sequence, prompt and answer, that memory was set aside for"),
@@ -202,7 +219,8 @@ def _field_problems(content: Mapping[str, Any]) -> Iterator[str]:
             if not isinstance(node, dict):
                 break
         if isinstance(node, dict):
-            problem = field.check(node[name]) if name in node else f"is missing: {field.description}"
+            is_there = name in node or field.is_optional
+            problem = field.check(node.get(name)) if is_there else f"is missing: {field.description}"
             if problem:
                 shown = f"(={node[name]!r:.40})" if name in node else ""
                 yield f"{name}{shown} {problem} @ {path}.{name}"

@@ -23,10 +23,10 @@ from tidesim.policies.interface import (
 )
 from tidesim.policies.pieces import Piece, Score, best, everything_in, hears_of
 from tidesim.policies.prefetch import Prefetch
-from tidesim.policies.rules import Rule
+from tidesim.policies.rules import Rule, Schedule, Steps
 from tidesim.policies.splits import OnHost, Split
 from tidesim.policies.victims import Queue, Victims
-from tidesim.residency import NO_MOVES, Moves, Placement, per_layer
+from tidesim.residency import NO_MOVES, Moves, Placement
 from tidesim.workload import ForwardKind
 
 # --- who begins ---
@@ -109,42 +109,34 @@ class Trigger(Piece):
 
     Attributes
     ----------
-    refresh_interval : see `Policy.refresh_interval`.
+    refresh_interval, refresh_steps : see `Policy`.
     """
 
     refresh_interval: Interval = None
+    refresh_steps: Steps | None = None
 
     def is_due(self, forward: ForwardInfo, layer: int) -> bool:
         """Whether this forward refreshes `layer`."""
         raise NotImplementedError
 
 
-class EverySteps(Trigger):
-    """Every τ denoising steps, counted from each block's first step; with `first_block` also every step of that block.
+class OnSchedule(Trigger):
+    """On the denoising steps of a block that `schedule` says."""
 
-    Parameters
-    ----------
-    refresh_interval : τ >= 1, one number or one per layer. Raise InputError otherwise.
-    first_block : whether a sequence's first decoded block is refreshed on each denoising step.
-    """
-
-    def __init__(self, refresh_interval: int | Sequence[int], *, first_block: bool = False) -> None:
-        numbers = tuple(refresh_interval) if isinstance(refresh_interval, Sequence) else (refresh_interval,)
-        if not all(isinstance(number, int) and number >= 1 for number in numbers):
-            raise InputError(f"refresh_interval(={refresh_interval}) must be a whole number >= 1, or one per layer.")
-        self.refresh_interval = numbers if isinstance(refresh_interval, Sequence) else refresh_interval
-        self._per_layer, self._first_block = numbers, first_block
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self.refresh_interval, self.refresh_steps = schedule.refresh_interval, schedule.stated_steps
 
     def begin(self, shape: Shape) -> None:
-        """Raise InputError if there are intervals for another number of layers."""
-        assert self.refresh_interval is not None
-        self._per_layer = per_layer(self.refresh_interval, shape.num_layers, "refresh_interval")
+        """Raise InputError if the schedule is for another number of layers."""
+        self._schedule.check(shape.num_layers)
 
     def is_due(self, forward: ForwardInfo, layer: int) -> bool:
         """See `Trigger`."""
         if forward.kind != ForwardKind.DENOISE:
             return False
-        return (self._first_block and forward.is_first_block) or forward.step % self._per_layer[layer] == 0
+        is_always = self._schedule.first_block and forward.is_first_block
+        return is_always or self._schedule.is_due(layer, forward.step)
 
 
 class AfterPrefill(Trigger):
@@ -319,6 +311,11 @@ class Composition(Policy):
     def refresh_interval(self) -> Interval:
         """See `Policy`."""
         return None if self._refresh is None else self._refresh.trigger.refresh_interval
+
+    @property
+    def refresh_steps(self) -> Steps | None:
+        """See `Policy`."""
+        return None if self._refresh is None else self._refresh.trigger.refresh_steps
 
     def initial(self, shape: Shape) -> Placement:
         """See `Policy`. Raise BudgetError if it keeps whom it fetches and a layer, or the network, has no slot."""

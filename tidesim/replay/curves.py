@@ -145,7 +145,7 @@ def _refreshed(
     is_by_total = rule.name == "hottest-for-coldest"
     for forwards in spans(workload.counts.shape):
         routing = routing_of(workload, forwards)
-        walk_refreshes(routing, intervals, rule.first_block, is_by_total, is_background, stacks)
+        walk_refreshes(routing, intervals, rule.schedule.first_block, is_by_total, is_background, stacks)
     curves = []
     for interval, rows, moved, is_exact in zip(
         refresh_intervals, stacks.rows, stacks.moved, stacks.is_exact, strict=True

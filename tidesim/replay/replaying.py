@@ -14,6 +14,7 @@ from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
 from tidesim.policies import Policy
+from tidesim.replay.ages import fill_step_costs
 from tidesim.replay.bits import words_of
 from tidesim.replay.clock import BUSY as LINK_BUSY
 from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, new_clock, play, stop
@@ -21,6 +22,7 @@ from tidesim.replay.prices import Fixed, Prices, fixed_of, prices_of
 from tidesim.replay.routing import NO_ROUTING, Routing, routing_of
 from tidesim.replay.rules import ruled
 from tidesim.replay.script import NO_SCRIPT, Decisions, Script, decide
+from tidesim.replay.step_costs import StepCosts
 from tidesim.replay.stretches import Stretch, play_all
 from tidesim.residency import Placement
 from tidesim.result import RunResult
@@ -64,6 +66,7 @@ class Replayer:
         check_counts(workload)
         self.workload = workload
         self._stretches = spans(workload.counts.shape)
+        self._num_steps = int(workload.step.max()) + 1
         self._routings: list[Routing] = []  # of the first stretches
         self._room_bytes = _KEPT_ROUTING_BYTES
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
@@ -88,6 +91,23 @@ class Replayer:
         noted = np.zeros((0, 0), np.int64) if spent is None else spent
         return paper.result(self._timed(paper, noted))
 
+    def step_costs(
+        self, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]
+    ) -> StepCosts:
+        """What each layer takes at each step of a block, by the step of its last refresh; see `ages`.
+
+        The schedule of `policy` does not matter. Raise InputError if it does not refresh, or has no rule to do it by.
+        """
+        paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
+        decisions = self._decide(paper)
+        if decisions.rule is None or decisions.rule.name not in ("top-counts", "hottest-for-coldest"):
+            raise InputError(f"policy {policy.name!r} has no refresh steps to choose; take 'tide' or 'tide-as-coded'.")
+        every_step = replace(decisions.rule.schedule, refresh_interval=1, refresh_steps=None)
+        decisions = replace(decisions, rule=replace(decisions.rule, schedule=every_step))
+        prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
+        parts = ((self._routing(number), prices.during(span)) for number, span in enumerate(self._stretches))
+        return fill_step_costs(parts, fixed, decisions, self.workload.num_experts, self._num_steps)
+
     def _timed(self, paper: PaperRun, spent: Ints) -> Mapping[str, Any]:
         """What a `RunResult` counts and times."""
         decisions = self._decide(paper)
@@ -97,7 +117,7 @@ class Replayer:
         clock, makespan_ns = play_all(
             self._read(prices, self._scripts(decisions, paper), spent),
             fixed,
-            ruled(decisions, num_experts),
+            ruled(decisions, num_experts, self._num_steps),
             new_clock(resident, FIRST_ROOM),
         )
         tally: list[int] = clock.tally.tolist()
@@ -192,5 +212,5 @@ def compile_now() -> None:
     decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, scripts=None)
     fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
     clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
-    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1), clock, np.zeros((0, 0), np.int64), 0)
+    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1, 1), clock, np.zeros((0, 0), np.int64), 0)
     stop(fixed, clock, 0)

@@ -1,7 +1,8 @@
 """Rules, compiled: the moves of `policies.rules.Rule`, decided as the policies that state them decide.
 
 A rule writes the moves of one layer of one forward into a buffer of the form of a `Script`. Letters: L MoE layers,
-E experts per layer, W words of a set of them, N = 64 * W bits of it, S places of the table of CPython's sets.
+E experts per layer, W words of a set of them, N = 64 * W bits of it, S denoising steps of a block, P places of the
+table of CPython's sets.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ from tidesim.policies.rules import Rule
 from tidesim.replay.bits import WORD, Words, is_in, lowest, num_bits, put, take
 from tidesim.replay.compiling import Whole, compiled, inlined
 from tidesim.replay.script import DROP, KEEP, NOBODY, REFRESH, Decisions, Script
-from tidesim.residency import per_layer
 from tidesim.workload import ForwardKind
 
 Ints = npt.NDArray[np.int64]
@@ -41,11 +41,11 @@ class Ruled(NamedTuple):
 
     Parameters
     ----------
-    code : which rule. first_block, interval : see `Rule`; interval is int64 [L].
+    code : which rule. first_block : see `Schedule`. is_due : bool [L, S], its steps in all other blocks.
     budgets, num_resident : int64 [L], slots, and those that are taken.
     total : int64 [L, N], tokens so far.
     older, newer : int32 [L, E + 1], the residents by their last use, a ring; place E is between newest and oldest.
-    table : int32 [L, S], residents as a CPython set has them. taken : uint64 [L, S / 64 + 1], which of its places.
+    table : int32 [L, P], residents as a CPython set has them. taken : uint64 [L, P / 64 + 1], which of its places.
     mask : int64 [L], the places that it makes use of, less one.
     old, order : int32 [E + 1], buffers.
     wanted : uint64 [W], a buffer.
@@ -54,7 +54,7 @@ class Ruled(NamedTuple):
 
     code: int
     first_block: bool
-    interval: Ints
+    is_due: npt.NDArray[np.bool_]
     budgets: Ints
     num_resident: Ints
     total: Ints
@@ -69,8 +69,8 @@ class Ruled(NamedTuple):
     moves: Script
 
 
-def ruled(decisions: Decisions, num_experts: int) -> Ruled:
-    """The rule of `decisions` at the beginning of a run.
+def ruled(decisions: Decisions, num_experts: int, num_steps: int) -> Ruled:
+    """The rule of `decisions` at the beginning of a run whose blocks have `num_steps` steps at most.
 
     Rules with refreshes begin with no free slot, so that a swap is all that they ever do.
     """
@@ -80,8 +80,8 @@ def ruled(decisions: Decisions, num_experts: int) -> Ruled:
         places *= 2
     made = Ruled(
         code=SCRIPTED if decisions.rule is None else _CODES[rule.name],
-        first_block=rule.first_block,
-        interval=np.array(per_layer(rule.refresh_interval, L, "refresh_interval"), np.int64),
+        first_block=rule.schedule.first_block,
+        is_due=rule.schedule.table(L, num_steps),
         budgets=np.array(decisions.budgets, np.int64),
         num_resident=np.array([len(ids) for ids in decisions.placement.experts], np.int64),
         total=np.zeros((L, N), np.int64),
@@ -135,7 +135,7 @@ def refresh(ruled: Any, routing: Any, here: Any, forward: Whole, at: Whole, laye
     num_moves = 0
     if ruled.code in (HOTTEST_FOR_COLDEST, TOP_COUNTS) and routing.kind[forward] == _DENOISE:
         is_always = ruled.first_block and routing.is_first_block[forward]
-        if is_always or routing.step[forward] % ruled.interval[layer] == 0:
+        if is_always or ruled.is_due[layer, routing.step[forward]]:
             if ruled.code == HOTTEST_FOR_COLDEST:
                 num_moves = _hottest_for_coldest(ruled.total[layer], here, ruled.wanted, ruled.moves, layer)
             else:
