@@ -245,4 +245,4 @@ def test_choosing_never_looks_at_the_sequences_held_out(monkeypatch):
         lambda *args, **_: runs.append(args) or report.path.training,
     )
     refresh_steps(drawn_workload(6, [5, 3, 5]), None, TWO_LAYERS, toy_hardware(), max_runs=3, **kwargs)
-    assert len(runs) <= 5 + 4 + 4 + 7  # intervals, starts and ways, neighbours, turns
+    assert len(runs) <= 5 + 4 + 4 + 5  # intervals, starts and ways, neighbours, turns

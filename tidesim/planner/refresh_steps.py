@@ -27,7 +27,6 @@ from tidesim.timing import timed
 from tidesim.workload import Workload
 
 _NEVER_NS = 2**62
-_STAGGERED = range(2, 9)  # intervals
 MAX_RUNS = 64
 
 
@@ -251,7 +250,7 @@ def refresh_steps(
         lambda steps: int(costs.time_ns(Schedule.of(None, steps)).sum()),
         max_runs,
     )
-    turns = [in_turn(interval, costs.num_layers, costs.num_steps) for interval in _STAGGERED]
+    turns = [in_turn(interval, costs.num_layers, costs.num_steps) for interval in range(1, costs.num_steps + 1)]
 
     def way(interval: int | Sequence[int] | None, steps: AnySteps | None = None) -> Refreshes:
         schedule = Schedule.of(interval, steps)
@@ -312,5 +311,5 @@ def _what(schedule: Schedule) -> str:
     rows = schedule.refresh_steps or ()
     if len(set(rows)) > 1:
         lengths = list(map(len, rows))
-        return f"{min(lengths)} to {max(lengths)} refreshes a block, at steps of each layer's own"
+        return f"at most {max(lengths)} refreshes a block, at steps of each layer's own"
     return f"refreshes at steps {','.join(map(str, rows[0]))}" if rows[0] else "no refresh at all"
