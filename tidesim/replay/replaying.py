@@ -10,7 +10,7 @@ from tidesim.errors import InputError
 from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
-from tidesim.policies import Policy
+from tidesim.policies import Policy, gain_kernel
 from tidesim.replay.bits import words_of
 from tidesim.replay.clock import BUSY as LINK_BUSY
 from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, IS_FULL, Clock, new_clock, play, stop
@@ -141,3 +141,4 @@ def compile_now() -> None:
     clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
     play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1), clock, 0)
     stop(fixed, clock, 0)
+    gain_kernel.compile_now()

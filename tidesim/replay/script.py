@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tidesim.policies import Policy, Shape, forwards_of
+from tidesim.policies.interface import AHEAD, DROP, KEEP, NOBODY, REFRESH, Mask
 from tidesim.policies.rules import Rule
 from tidesim.replay.bits import num_bits
+from tidesim.replay.routing import parts_of
 from tidesim.residency import Moves, Placement, Residency, Swap
 from tidesim.workload import Workload
 
-# What a move is part of. They come in this order within a layer of a forward, but that of a refresh may be last.
-REFRESH, KEEP, DROP, AHEAD = range(4)
-NOBODY = -1
+__all__ = ["AHEAD", "DROP", "KEEP", "NOBODY", "NO_SCRIPT", "REFRESH", "Decisions", "Script", "decide"]
 
 
 class Script(NamedTuple):
@@ -72,7 +72,8 @@ def decide(workload: Workload, policy: Policy, shape: Shape, *, is_background: b
     script = NO_SCRIPT
     if policy.rule is None:
         residency = Residency(shape.num_experts, shape.budgets, placement, is_pooled=policy.scope == "network")
-        script = _Writer(residency, scratch).write(workload, policy, is_background)
+        written = _written(workload, policy, residency.everybody.copy())
+        script = written or _Writer(residency, scratch).write(workload, policy, is_background)
     return Decisions(
         placement=placement,
         budgets=shape.budgets,
@@ -80,6 +81,21 @@ def decide(workload: Workload, policy: Policy, shape: Shape, *, is_background: b
         rule=policy.rule,
         script=script,
     )
+
+
+def _written(workload: Workload, policy: Policy, is_resident: Mask) -> Script | None:
+    """What a policy writes itself, if it does."""
+    first, moves = [np.zeros(1, np.int64)], []
+    for forwards in parts_of(workload):
+        written = policy.write(workload, forwards, is_resident)
+        if written is None:
+            return None
+        first.append(first[-1][-1] + written.first[1:])
+        moves.append(written.moves)
+    part, layer, *names = np.concatenate(moves).T
+    home = layer * num_bits(workload.num_experts)
+    enter, leave = (np.where(name == NOBODY, NOBODY, home + name).astype(np.int32) for name in names)
+    return Script(np.concatenate(first), part.astype(np.uint8), layer.copy(), enter, leave)
 
 
 class _Writer:
