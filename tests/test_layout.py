@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 # Imports point to a lower rank only.
 RANKS = (
     ("errors",),
-    ("batches", "shipped", "tables", "windows", "workers"),
+    ("batches", "compiling", "shipped", "tables", "windows", "workers"),
     ("moe", "hardware", "workload", "residency", "result"),
     ("trace_format", "execution"),
     ("trace", "policies"),

@@ -5,15 +5,17 @@
 On the shipped synthetic trace at the sizes of LLaDA2.0-mini, on one core: each case is run `--repeats` times after one
 that is thrown away, and the median counts; `spread` is the distance of the quartiles over it. `layers_per_s` counts
 layers of forwards, `pairs_per_s` routed pairs of a token and an expert, `run` all that `Replayer.run` does for a result
-and `walk` the compiled part of it. `simpy_ratio` is the event simulator's time over the replay's for the same run, both
-in this process. `simulated_over_real` is the run's makespan over the time that replaying it takes. `curve` counts hits
-and moves at all 257 budgets in one walk, at each of `intervals` where there are any: `accesses_per_s` counts experts
-that a layer of a forward routes to, and `pairs_per_s` routed pairs, each once for an interval; `read_ms` is for sorting
-the routing, which any replay needs too; `walks_ratio` is the time of as many walks of the replay, one for each budget
-and interval, by the mean of some, over that of the curve. `grid` is 31 intervals x 16 budgets x 5
-policies through `run_study`, process start and results on disk included. With `--compile` the time of a first run with
-nothing on disk comes on top. Bars: 1e9 pairs/s, 5e6 layers/s, a ratio of 1,000 to SimPy, 20,000 simulated seconds a
-second for mini on the 4090 profile, the grid in 10 s, the LRU curve at 22e6 accesses/s. Prints one JSON line.
+and `walk` the compiled part of it that times what was decided. `make` is what a policy takes to be made: `gain` learns
+from the first 12 sequences, and runs on the other four. `simpy_ratio` is the event simulator's time over the replay's
+for the same run, both in this process. `simulated_over_real` is the run's makespan over the time that replaying it
+takes. `curve` counts hits and moves at all 257 budgets in one walk, at each of `intervals` where there are any:
+`accesses_per_s` counts experts that a layer of a forward routes to, and `pairs_per_s` routed pairs, each once for an
+interval; `read_ms` is for sorting the routing, which any replay needs too; `walks_ratio` is the time of as many walks
+of the replay, one for each budget and interval, by the mean of some, over that of the curve. `grid` is 31 intervals x
+16 budgets x 5 policies through `run_study`, process start and results on disk included. With `--compile` the time of a
+first run with nothing on disk comes on top. Bars: 1e9 pairs/s, 5e6 layers/s, a ratio of 1,000 to SimPy, 20,000
+simulated seconds a second for mini on the 4090 profile, the grid in 10 s, the LRU curve at 22e6 accesses/s. Prints one
+JSON line.
 """
 
 import argparse
@@ -51,6 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "tide each step": ("tide", {"refresh_interval": 1}, 64, "overlapped"),
     "tide-as-coded": ("tide-as-coded", {"refresh_interval": 4}, 64, "overlapped"),
     "lru": ("lru", {}, 128, "overlapped"),
+    "gain": ("gain", {}, 64, "overlapped"),
     "static, full context": ("static", {}, 64, "tide-as-coded"),
     "tide-as-coded, full context": ("tide-as-coded", {"refresh_interval": 4}, 64, "tide-as-coded"),
 }
@@ -61,6 +64,7 @@ CURVES: tuple[tuple[str, Sequence[int | None]], ...] = (
     ("tide-as-coded", [1]),
     ("tide-as-coded", range(1, 32)),
 )
+NUM_LEARNT = 12  # sequences that `gain` learns from; it runs on the others
 GRID = {
     "traces": [TRACE],
     "machines": ["rtx4090"],
@@ -155,13 +159,17 @@ def single(repeats: int) -> dict[str, Any]:
     with Trace.open(find_shipped("traces", TRACE, ".h5")) as trace:
         for context in ("block", "full"):
             workloads[context] = trace.workload(context)
+        corpus = trace.workload("block", range(NUM_LEARNT))
+        others = trace.workload("block", range(NUM_LEARNT, len(trace.sequences)))
     found: dict[str, Any] = {}
     for name, (policy_name, params, budget, how) in CASES.items():
         used = execution(how)
-        workload = workloads[used.context]
+        workload = others if policy_name == "gain" else workloads[used.context]
         replayer = Replayer(workload)
-        own = {"popularity": workload.counts.sum(axis=0)} if policy_name == "static" else params
-        made = policy(policy_name, **own)
+        learnt = {"static": {"popularity": workload.counts.sum(axis=0)}, "gain": {"corpus": corpus}}
+        start_s = time.perf_counter()
+        made = policy(policy_name, **learnt.get(policy_name, params))
+        make_s = time.perf_counter() - start_s
         settings: dict[str, Any] = {"budget": budget, "execution": used, "is_memory_checked": False}
         with clocked_walks() as walked:
             run_s, spread = timed(partial(replayer.run, model, machine, made, **settings), repeats)
@@ -175,6 +183,7 @@ def single(repeats: int) -> dict[str, Any]:
         found[name] = {
             "layers_per_s": round(num_layers / walk_s),
             "pairs_per_s": round((result.hits + result.misses) / walk_s),
+            "make_ms": round(1e3 * make_s, 2),
             "run_ms": round(1e3 * run_s, 2),
             "walk_ms": round(1e3 * walk_s, 2),
             "spread": round(spread, 3),

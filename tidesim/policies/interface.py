@@ -135,6 +135,25 @@ def decided(
     )
 
 
+# What a move is part of. They come in this order within a layer of a forward, but that of a refresh may be last.
+REFRESH, KEEP, DROP, AHEAD = range(4)
+NOBODY = -1
+
+
+class Written(NamedTuple):
+    """All moves of some forwards.
+
+    Parameters
+    ----------
+    first : int64 [F * L + 1], where the moves that are decided around each layer of each forward begin.
+    moves : int32 [M, 4], what each is part of, the layer that it is in, who comes in and who goes out for it; an expert
+        is named by its id in that layer, and -1 is nobody.
+    """
+
+    first: npt.NDArray[np.int64]
+    moves: npt.NDArray[np.int32]
+
+
 class Policy(ABC):
     """Decides who is resident, and what becomes of who is not. Derive own policies from this class.
 
@@ -201,3 +220,10 @@ class Policy(ABC):
     def ahead(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> Sequence[Ahead]:
         """Moves in other layers, whose copies queue up behind those of this layer's misses."""
         return ()
+
+    def write(self, workload: Workload, forwards: slice, is_resident: Mask) -> Written | None:
+        """All that would be answered about the next `forwards` of `workload`, at once; None: it is to be asked.
+
+        Who is resident, [L, E], is changed by the moves.
+        """
+        return None

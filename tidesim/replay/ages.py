@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.compiling import Whole, compiled, inlined
 from tidesim.replay.bits import Words, ones, put, take, words_of
 from tidesim.replay.clock import residents_ns, split
-from tidesim.replay.compiling import Whole, compiled, inlined
 from tidesim.replay.prices import Fixed, Prices
 from tidesim.replay.routing import Routing
 from tidesim.replay.rules import observe, refresh, ruled

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from numba import types
 from numba.extending import intrinsic
 
-from tidesim.replay.compiling import Whole, inlined
+from tidesim.compiling import Whole, inlined
 
 Words = npt.NDArray[np.uint64]
 

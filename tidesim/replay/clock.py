@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.compiling import Whole, compiled, inlined
 from tidesim.replay.bits import STRIDE, WORD, Words, is_in, lowest, ones, put, take
-from tidesim.replay.compiling import Whole, compiled, inlined
 from tidesim.replay.rules import SCRIPTED, observe, refresh, serve
 from tidesim.replay.script import AHEAD, DROP, KEEP, NOBODY, REFRESH
 

@@ -13,7 +13,7 @@ from tidesim.errors import InputError
 from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
-from tidesim.policies import Policy
+from tidesim.policies import Policy, gain_kernel
 from tidesim.replay.ages import fill_step_costs
 from tidesim.replay.bits import words_of
 from tidesim.replay.clock import BUSY as LINK_BUSY
@@ -214,3 +214,4 @@ def compile_now() -> None:
     clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
     play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1, 1), clock, np.zeros((0, 0), np.int64), 0)
     stop(fixed, clock, 0)
+    gain_kernel.compile_now()

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.compiling import compiled
 from tidesim.replay.bits import STRIDE, Words, num_words, put
-from tidesim.replay.compiling import compiled
 from tidesim.workload import Workload
 
 Ints = npt.NDArray[np.int64]

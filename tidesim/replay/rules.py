@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.compiling import Whole, compiled, inlined
 from tidesim.policies.rules import Rule
 from tidesim.replay.bits import WORD, Words, is_in, lowest, num_bits, put, take
-from tidesim.replay.compiling import Whole, compiled, inlined
 from tidesim.replay.script import DROP, KEEP, NOBODY, REFRESH, Decisions, Script
 from tidesim.workload import ForwardKind
 

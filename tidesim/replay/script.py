@@ -7,22 +7,21 @@ goes by the routing alone, on every machine at all.
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tidesim.policies import ForwardInfo, Policy, Shape, forwards_of
-from tidesim.policies.interface import Counts
+from tidesim.policies.interface import AHEAD, DROP, KEEP, NOBODY, REFRESH, Counts, Mask, Written
 from tidesim.policies.rules import Rule
 from tidesim.replay.bits import num_bits
 from tidesim.residency import Moves, Placement, Residency, Swap
 from tidesim.windows import forget
 from tidesim.workload import Workload
 
-# What a move is part of. They come in this order within a layer of a forward, but that of a refresh may be last.
-REFRESH, KEEP, DROP, AHEAD = range(4)
-NOBODY = -1
+__all__ = ["AHEAD", "DROP", "KEEP", "NOBODY", "NO_SCRIPT", "REFRESH", "Decisions", "Script", "decide"]
 
 
 class Script(NamedTuple):
@@ -75,7 +74,8 @@ def decide(
     scripts = None
     if policy.rule is None:
         residency = Residency(shape.num_experts, shape.budgets, placement, is_pooled=policy.scope == "network")
-        scripts = _Writer(residency, scratch).write(workload, policy, stretches, is_background)
+        written = _written(workload, policy, stretches, residency.everybody.copy())
+        scripts = written or _Writer(residency, scratch).write(workload, policy, stretches, is_background)
     return Decisions(
         placement=placement,
         budgets=shape.budgets,
@@ -83,6 +83,25 @@ def decide(
         rule=policy.rule,
         scripts=scripts,
     )
+
+
+def _written(
+    workload: Workload, policy: Policy, stretches: Sequence[slice], is_resident: Mask
+) -> Iterator[Script] | None:
+    """What a policy writes itself, if it does."""
+    first = policy.write(workload, stretches[0], is_resident)
+    if first is None:
+        return None
+    later = (policy.write(workload, stretch, is_resident) for stretch in stretches[1:])
+    return (_script_of(written, workload.num_experts) for written in chain([first], later) if written is not None)
+
+
+def _script_of(written: Written, num_experts: int) -> Script:
+    """The same with experts named through all layers."""
+    part, layer, *names = written.moves.T
+    home = layer * num_bits(num_experts)
+    enter, leave = (np.where(name == NOBODY, NOBODY, home + name).astype(np.int32) for name in names)
+    return Script(written.first, part.astype(np.uint8), layer.copy(), enter, leave)
 
 
 class _Writer:

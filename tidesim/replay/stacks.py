@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.compiling import Whole, compiled, inlined
 from tidesim.replay.bits import WORD, lowest
-from tidesim.replay.compiling import Whole, compiled, inlined
 from tidesim.replay.rules import ASCENDING_FROM, ASCENDING_TABLE
 from tidesim.workload import ForwardKind
 
