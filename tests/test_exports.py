@@ -57,6 +57,7 @@ def plan_for(model: MoEConfig, budget, **changes) -> Plan:
         "budget": tuple(budget),
         "refresh_interval": (4,) * model.num_layers,
         "placement": None,
+        "learnt": None,
         "miss_rule": "host",
         "max_tokens": 64,
         "reserve_bytes": 0,

@@ -35,6 +35,7 @@ TIDE = Plan(
     budget=(3, 2),
     refresh_interval=(4, 1),
     placement=None,
+    learnt=None,
     miss_rule="host",
     max_tokens=64,
     reserve_bytes=1000,

@@ -10,11 +10,13 @@ from tidesim.moe import MoEConfig
 from tidesim.planner.integer_programme import InfeasibleError
 from tidesim.planner.plan_fields import POLICY_NAMES
 from tidesim.policies.caches import lru
+from tidesim.policies.gain import Gain
 from tidesim.residency import check_budgets
 from tidesim.workload import ForwardKind, Workload
 
 INTERVALS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 # Budgets as shares of the average that fits: most choices are near it, and larger ones let layers be uneven.
+_SCRATCH = {"lru": lru().scratch, "gain": Gain.scratch}
 _SHARES = (0.5, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5)
 
 
@@ -119,7 +121,7 @@ def smallest_budget(policy: str, budgets: Sequence[int]) -> int | None:
 
 def slots_for(policy: str, slots: int) -> int:
     """How many of `slots` experts that fit `policy` has for its budgets: scratch memory takes some of them."""
-    return slots - (lru().scratch if policy == "lru" else 0)
+    return slots - _SCRATCH.get(policy, 0)
 
 
 def spread(slots: int, num_layers: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tidesim.errors import PlanError
 from tidesim.planner.runs import REFRESHING
+from tidesim.policies.foresight import Learnt
 from tidesim.result import PARTS
 
 FORMAT = "tidesim-plan"
@@ -20,7 +21,7 @@ OBJECTIVES = {
     "latency": "the slowest block of any sequence as fast as can be, and then least total time",
     "memory": "fewest experts on the device that still give a wanted throughput",
 }
-POLICY_NAMES = ("static", *REFRESHING, "lru")
+POLICY_NAMES = ("static", *REFRESHING, "lru", "gain")
 # Larger than any count or size here can be, and small enough for any JSON reader.
 _LARGEST = 2**53
 Check = Callable[[object], str | None]
@@ -102,6 +103,20 @@ def _ascending(what: str) -> Check:
 _ids = _ascending("ids")
 
 
+def _tables(value: object) -> str | None:
+    """The tables of `Learnt`, by name."""
+    names = sorted(Learnt._fields)
+    if not isinstance(value, dict) or sorted(value) != names:
+        return f"must be an object with {', '.join(names)}"
+    problems = ((name, _list(_list(_finite))(table)) for name, table in sorted(value.items()))
+    return next((f"{name} {problem}" for name, problem in problems if problem), None)
+
+
+def _finite(value: object) -> str | None:
+    is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return None if is_finite else "must be a finite number"
+
+
 def _or_null(check_value: Check) -> Check:
     def check(value: object) -> str | None:
         problem = None if value is None else check_value(value)
@@ -155,6 +170,7 @@ FIELDS = (
         "in place of an interval: the denoising steps of a block that are refreshed, per MoE layer",
         is_optional=True,
     ),
+    PlanField("learnt", _or_null(_tables), "what policy gain learnt: shares by MoE layer and expert, and weights"),
     PlanField("placement", _or_null(_list(_ids)), "ids of the experts that a static policy keeps, per MoE layer"),
     PlanField("miss_rule", _name(["host", "fetch", "split"]), "missed experts run on the host, are fetched, or both"),
     PlanField("max_tokens", _whole(1), "longest sequence, prompt and answer, that memory was set aside for"),

@@ -19,8 +19,9 @@ from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.planner.integer_programme import SolverReport
 from tidesim.planner.plan_fields import FORMAT, OBJECTIVES, VERSION, read_fields, read_json
-from tidesim.planner.runs import REFRESHING, make_policy
+from tidesim.planner.runs import REFRESHING
 from tidesim.policies import MissAction, Policy, policy
+from tidesim.policies.foresight import NUM_FEATURES, NUM_SITUATIONS, Learnt
 from tidesim.residency import Placement
 from tidesim.result import RunResult
 
@@ -153,6 +154,7 @@ class Plan:
     refresh_interval: tuple[int, ...] | None
     refresh_steps: tuple[tuple[int, ...], ...] | None = None
     placement: Placement | None
+    learnt: Learnt | None
     miss_rule: MissAction
     max_tokens: int
     reserve_bytes: int
@@ -181,7 +183,7 @@ class Plan:
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """The plan with these fields, as nested mappings of the right types. Raise PlanError as the class does."""
         placement, held_out, proof = values["placement"], values["held_out"], values["proof"]
-        steps = values.get("refresh_steps")
+        steps, learnt = values.get("refresh_steps"), values["learnt"]
         return cls(
             model=ModelSizes(**values["model"]),
             hardware=Machine(**values["hardware"]),
@@ -194,6 +196,7 @@ class Plan:
             refresh_interval=_frozen(values["refresh_interval"]),
             refresh_steps=None if steps is None else tuple(map(tuple, steps)),
             placement=None if placement is None else Placement.from_json(placement),
+            learnt=None if learnt is None else _learnt(learnt),
             miss_rule=values["miss_rule"],
             max_tokens=values["max_tokens"],
             reserve_bytes=values["reserve_bytes"],
@@ -208,7 +211,10 @@ class Plan:
     def to_dict(self) -> dict[str, object]:
         """The content of the file."""
         content = {"format": FORMAT, "version": VERSION} | asdict(self)
-        return content | {"placement": None if self.placement is None else self.placement.to_json()}
+        return content | {
+            "placement": None if self.placement is None else self.placement.to_json(),
+            "learnt": None if self.learnt is None else self.learnt._asdict(),
+        }
 
     def save(self, path: str | Path) -> None:
         """Write the plan; the same plan gives the same file. Raise PlanError if it cannot be written."""
@@ -222,11 +228,16 @@ class Plan:
         """A new policy object that does what the plan says, for a simulator or an engine."""
         if self.refresh_steps is not None:
             return policy(self.policy, refresh_steps=self.refresh_steps)
+        if self.learnt is not None:
+            return policy(self.policy, corpus=self.learnt)
         popularity = np.zeros((self.model.num_layers, self.model.num_experts), np.int64)
         if self.placement is not None:
             for layer, experts in enumerate(self.placement.experts):
                 popularity[layer, list(experts)] = 1
-        return make_policy(self.policy, self.refresh_interval, popularity)
+        if self.policy == "static":
+            return policy(self.policy, popularity=popularity)
+        params = {} if self.refresh_interval is None else {"refresh_interval": self.refresh_interval}
+        return policy(self.policy, **params)
 
     def check(self, model: MoEConfig, hardware: Hardware | None = None) -> None:
         """Raise PlanError, with the reason, if the plan was made for other sizes of model or of device memory."""
@@ -242,6 +253,10 @@ class Plan:
                 f"the plan was made for the {planned:.2f} GiB of device memory of {self.hardware.name}, "
                 f"and {hardware.name} has {there:.2f} GiB; plan again for it."
             )
+
+
+def _learnt(tables: Mapping[str, Any]) -> Learnt:
+    return Learnt(**{name: tuple(map(tuple, table)) for name, table in tables.items()})
 
 
 def _frozen(value: Any) -> Any:
@@ -282,6 +297,17 @@ def _contradictions(plan: Plan) -> list[str]:
         refuse(plan.placement is not None, f"must be null, {plan.policy!r} starts by its own rule", "placement")
     refuse(bool(set(plan.trace.training) & set(plan.trace.held_out)), "must not share a sequence", "trace")
     refuse((plan.held_out is None) != (not plan.trace.held_out), "must be there with held-out sequences", "held_out")
-    miss_rule = "fetch" if plan.policy == "lru" else "host"
+    if plan.policy == "gain":
+        refuse(plan.learnt is None, "must say what policy 'gain' learnt", "learnt")
+        shapes = {len(table) for table in (plan.learnt or ((), ()))[:2]}
+        widths = {len(row) for table in (plan.learnt or ((), ()))[:2] for row in table}
+        is_shaped = shapes == {num_layers} and widths == {num_experts}
+        refuse(not is_shaped, "must have a share for each expert of each layer", "learnt")
+        weights = plan.learnt.weights if plan.learnt is not None else ()
+        is_weighed = len(weights) == NUM_SITUATIONS and {len(row) for row in weights} == {NUM_FEATURES}
+        refuse(not is_weighed, f"must have {NUM_SITUATIONS} rows of {NUM_FEATURES} weights", "learnt.weights")
+    else:
+        refuse(plan.learnt is not None, f"must be null, {plan.policy!r} learns nothing", "learnt")
+    miss_rule = {"lru": "fetch", "gain": "split"}.get(plan.policy, "host")
     refuse(plan.miss_rule != miss_rule, f"must be {miss_rule!r} for policy {plan.policy!r}", "miss_rule")
     return problems

@@ -26,17 +26,16 @@ from tidesim.planner.plan_fields import POLICY_NAMES
 from tidesim.planner.plan_file import Machine, ModelSizes, Plan, Prediction, Proof, Routing, TideCode
 from tidesim.planner.plan_report import Baseline, PlanReport, Programme, Rescored, Split, split_sequences
 from tidesim.planner.room import Room, measure_room
-from tidesim.planner.runs import Case, Runs, Setting, make_policy
+from tidesim.planner.runs import Case, Known, Runs, Setting, make_policy
 from tidesim.planner.search import Found, search
 from tidesim.policies import Shape
+from tidesim.policies.foresight import learn
 from tidesim.residency import Placement
 from tidesim.result import RunResult, tool_version
 from tidesim.trace import Trace
 from tidesim.windows import windows
 from tidesim.workers import Progress
 from tidesim.workload import Workload
-
-Popularity = npt.NDArray[np.int64]  # [L, E]
 
 _TUNED, _HELD_OUT, _TABLE = "tuned", "held-out", "table"
 
@@ -105,7 +104,7 @@ def plan(
     start_s = time.perf_counter()
     wanted = Objective(name=objective) if isinstance(objective, str) else objective
     split = split_sequences(len(trace.sequences), held_out_share, seed)
-    popularity, tuning_popularity, most_tokens = _known(trace, model, execution, split, demand)
+    known, tuning, most_tokens = _known(trace, model, execution, split, demand)
     workloads = _workloads(trace, model, execution, split, table_visits, demand)
     max_tokens = max(most_tokens, *(workload.max_tokens for workload in workloads.values()))
     room = measure_room(model, hardware, execution, max_tokens, reserve_bytes, demand.batch_size)
@@ -113,8 +112,8 @@ def plan(
     candidates = find_candidates(model, room.slots, workloads[_TUNED], policies, budgets, intervals)
     setting = Setting(
         workloads=workloads,
-        popularity=popularity,
-        tuning_popularity=tuning_popularity,
+        known=known,
+        tuning=tuning,
         held_out=_HELD_OUT,
         model=model,
         hardware=hardware,
@@ -160,19 +159,23 @@ def _load(trace: Trace, model: MoEConfig, execution: Execution, sequences: Seque
 
 def _known(
     trace: Trace, model: MoEConfig, execution: Execution, split: Split, demand: Demand
-) -> tuple[Popularity, Popularity, int]:
-    """Who is popular in the training sequences, who in those that are profiled, and the most tokens of the former."""
+) -> tuple[Known, Known, int]:
+    """What the training sequences teach, what those that are profiled do, and the most tokens of the former."""
     training = _load(trace, model, execution, split.training, demand)
-    profiled = split.profiled or split.training
-    return _popularity(training, split.training), _popularity(training, profiled), training.max_tokens
+    profiled = _load(trace, model, execution, split.profiled, demand) if split.profiled else training
+    batch = training.batched(demand.batch_size)
+    return _taught(training, demand), _taught(profiled, demand), max(training.max_tokens, batch.max_tokens)
 
 
-def _popularity(workload: Workload, sequences: Sequence[int]) -> Popularity:
-    """[L, E], tokens that each expert got over all forwards of `sequences`."""
-    is_counted = np.isin(workload.sequence, sequences)
+def _taught(workload: Workload, demand: Demand) -> Known:
+    return Known(_popularity(workload), learn(workload.batched(demand.batch_size)))
+
+
+def _popularity(workload: Workload) -> npt.NDArray[np.int64]:
+    """[L, E], tokens that each expert got over all forwards."""
     counted = np.zeros(workload.counts.shape[1:], np.int64)
-    for span, counts in windows(workload.counts):
-        counted += counts[is_counted[span]].sum(axis=0, dtype=np.int64)
+    for _, counts in windows(workload.counts):
+        counted += counts.sum(axis=0, dtype=np.int64)
     return counted
 
 
@@ -276,6 +279,7 @@ def _make_plan(
         budget=winner.budget,
         refresh_interval=winner.interval,
         placement=_placement(setting, winner),
+        learnt=setting.known.learnt if winner.policy == "gain" else None,
         miss_rule=setting.policy(winner).miss_action,
         max_tokens=max_tokens,
         reserve_bytes=room.memory.reserve,
@@ -291,7 +295,7 @@ def _make_plan(
 def _placement(setting: Setting, case: Case) -> Placement | None:
     if case.policy != "static":
         return None
-    static = make_policy(case.policy, case.interval, setting.popularity)
+    static = make_policy(case.policy, case.interval, setting.known)
     return static.initial(Shape(setting.model.num_experts, case.budget))
 
 
@@ -304,7 +308,7 @@ def tide_code(case: Case, block_length: int) -> TideCode:
     budget_rule = f"the {total} slots of the plan, spread evenly over {len(case.budget)} layers and rounded down"
     if case.interval is not None:
         steps, steps_rule = _median(case.interval, case.budget), "the median interval, weighted by budget"
-    elif case.policy == "lru":
+    elif case.policy in ("lru", "gain"):
         steps, steps_rule = 1, "the shortest, as the plan moves experts in every forward"
     else:
         steps, steps_rule = (

@@ -12,12 +12,13 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from tidesim import replay
 from tidesim.execution import Execution
 from tidesim.hardware import Hardware
 from tidesim.lending import Lent
 from tidesim.moe import MoEConfig
 from tidesim.policies import Policy, policy
-from tidesim.replay import is_contended
+from tidesim.policies.foresight import Learnt
 from tidesim.result import RunResult
 from tidesim.timing import timed
 from tidesim.workers import Progress, Workers
@@ -51,14 +52,14 @@ class Setting:
     Parameters
     ----------
     workloads : the parts of the sequences, by name.
-    popularity : [L, E], tokens per expert over the training sequences, for policies that want to know.
-    tuning_popularity : the same over the profiled sequences alone, for runs on training sequences.
+    known : what policies may know of the training sequences.
+    tuning : the same of the profiled sequences alone, for runs on training sequences.
     held_out : name of the part that is not of the training sequences.
     """
 
     workloads: Mapping[str, Workload]
-    popularity: npt.NDArray[np.int64]
-    tuning_popularity: npt.NDArray[np.int64]
+    known: "Known"
+    tuning: "Known"
     held_out: str
     model: MoEConfig
     hardware: Hardware
@@ -84,8 +85,7 @@ class Setting:
 
     def policy(self, case: Case) -> Policy:
         """A policy object for a case, which knows no more than it may of the sequences that it is run on."""
-        popularity = self.popularity if case.sequences == self.held_out else self.tuning_popularity
-        return make_policy(case.policy, case.interval, popularity)
+        return make_policy(case.policy, case.interval, self.known if case.sequences == self.held_out else self.tuning)
 
 
 class Outcome(NamedTuple):
@@ -110,11 +110,20 @@ def by_block(workload: Workload, spent: npt.NDArray[np.int64]) -> npt.NDArray[np
     return added
 
 
-def make_policy(name: str, interval: tuple[int, ...] | None, popularity: npt.NDArray[np.int64]) -> Policy:
-    """The policy called `name`; `interval` goes to those that refresh, `popularity` to the static one."""
+class Known(NamedTuple):
+    """What policies know before a run: tokens that each expert got, [L, E], and what is used again."""
+
+    popularity: npt.NDArray[np.int64]
+    learnt: Learnt
+
+
+def make_policy(name: str, interval: tuple[int, ...] | None, known: Known) -> Policy:
+    """The policy called `name`; `interval` goes to those that refresh, and what is `known` to those that ask for it."""
     if name in REFRESHING:
         return policy(name, refresh_interval=interval)
-    return policy(name, popularity=popularity) if name == "static" else policy(name)
+    if name == "gain":
+        return policy(name, corpus=known.learnt)
+    return policy(name, popularity=known.popularity) if name == "static" else policy(name)
 
 
 class Runs:
@@ -130,7 +139,7 @@ class Runs:
         self._progress = progress
         self._outcomes: dict[Case, Outcome] = {}
         self._lent = Lent(setting.workloads)
-        num_workers = 1 if workers is None and not is_contended(setting.hardware) else workers
+        num_workers = 1 if workers is None and not replay.is_contended(setting.hardware) else workers
         self._workers = Workers(replace(setting, workloads=self._lent), num_workers)
 
     def __enter__(self) -> Self:

@@ -16,7 +16,7 @@ Letters: L MoE layers, E experts per layer, N features.
 from bisect import bisect_left
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +28,14 @@ from tidesim.windows import windows
 from tidesim.workload import ForwardKind, Workload
 
 Floats = npt.NDArray[np.float64]
+Rows = tuple[tuple[float, ...], ...]
 
 HORIZON = 4  # forwards that are looked ahead
 FADE = 0.7  # the weight of a forward over that of the one before it
 ALWAYS = sum(FADE**ahead for ahead in range(HORIZON))  # the worth of who is used in all of them
 _RIDGE = 1e-6  # weight decay, per row that is fitted
 _LAST_STEPS = (0, 1, 3, 7)  # denoising steps that end a situation; later ones are one more
-_NUM_SITUATIONS = 2 + len(_LAST_STEPS) + 1
+NUM_SITUATIONS = 2 + len(_LAST_STEPS) + 1
 NUM_FEATURES = 11
 
 
@@ -45,12 +46,64 @@ def situation(forward: ForwardInfo) -> int:
     return 2 + bisect_left(_LAST_STEPS, forward.step)
 
 
+class Learnt(NamedTuple):
+    """What a corpus teaches, in plain numbers: whoever reads them from a file decides as whoever learnt them.
+
+    Parameters
+    ----------
+    popularity, at_start : L x E, the share of all forwards that use an expert, and of those that begin blocks.
+    weights : what each feature says, by situation.
+    """
+
+    popularity: Rows
+    at_start: Rows
+    weights: Rows
+
+
+def learn(corpus: Workload) -> Learnt:
+    """What the sequences of `corpus` teach. Raise InputError if there are none."""
+    if not corpus.num_forwards:
+        raise InputError("the corpus holds no forward; give at least one sequence to learn from.")
+    is_start = (corpus.kind == ForwardKind.DENOISE) & (corpus.step == 0)
+    popularity = _share_used(corpus, np.ones_like(is_start))
+    at_start = _share_used(corpus, is_start) if is_start.any() else popularity
+    return Learnt(*map(_plain, (popularity, at_start, _fit(corpus, popularity, at_start))))
+
+
+def _plain(table: Floats) -> Rows:
+    return tuple(map(tuple, table.tolist()))
+
+
+def _fit(corpus: Workload, popularity: Floats, at_start: Floats) -> Floats:
+    """The weights [situations, N] that predict the corpus best, whatever the layer."""
+    kernel = _kernel()
+    shape, nothing = popularity.shape, np.zeros((NUM_SITUATIONS, NUM_FEATURES))
+    memory = tuple(kernel.new_memory(popularity, at_start, nothing))
+    rows, features = np.zeros(shape, np.int32), np.zeros((shape[0], NUM_FEATURES, shape[1]))  # [L, N, E]
+    squares = np.zeros((NUM_SITUATIONS, NUM_FEATURES, NUM_FEATURES))
+    products, num_rows = np.zeros((NUM_SITUATIONS, NUM_FEATURES)), np.zeros(NUM_SITUATIONS)
+    for forward, counts, uses in zip(forwards_of(corpus), corpus.counts, uses_to_come(corpus), strict=True):
+        rows[:] = counts
+        for layer, (mine, found) in enumerate(zip(rows, features, strict=True)):
+            kernel.see(memory, layer, forward.sequence, forward.block, forward.tokens, mine, found)
+        which = situation(forward)
+        squares[which] += (features @ features.swapaxes(1, 2)).sum(axis=0)
+        products[which] += (features @ uses[:, :, np.newaxis]).sum(axis=0)[:, 0]
+        num_rows[which] += uses.size
+    decay = _RIDGE * np.maximum(num_rows, 1)[:, None, None] * np.eye(NUM_FEATURES)
+    weights = np.linalg.solve(squares + decay, products[:, :, None])[:, :, 0]
+    # A situation that the corpus never shows goes by all others together.
+    everywhere = np.linalg.solve(squares.sum(axis=0) + decay.sum(axis=0), products.sum(axis=0))
+    fitted: Floats = np.where(num_rows[:, None] > 0, weights, everywhere)
+    return fitted
+
+
 class Foresight(Score):
     """The forwards, of the next few of a sequence, that are expected to use an expert, each weighed by how soon it is.
 
     Parameters
     ----------
-    corpus : sequences to learn from. Raise InputError if there are none.
+    corpus : sequences to learn from, or what was learnt from some. Raise InputError if there are none.
 
     Attributes
     ----------
@@ -58,36 +111,9 @@ class Foresight(Score):
     rows : int64 [L, E], the rows that each expert got when it was used last, from the beginning of a run on; 1 before.
     """
 
-    def __init__(self, corpus: Workload) -> None:
-        if not corpus.num_forwards:
-            raise InputError("the corpus holds no forward; give at least one sequence to learn from.")
-        is_start = (corpus.kind == ForwardKind.DENOISE) & (corpus.step == 0)
-        self.popularity: Floats = _share_used(corpus, np.ones_like(is_start))
-        self.at_start: Floats = _share_used(corpus, is_start) if is_start.any() else self.popularity
-        self._weights = self._fit(corpus)
-
-    def _fit(self, corpus: Workload) -> Floats:
-        """The weights [situations, N] that predict the corpus best, whatever the layer."""
-        kernel = _kernel()
-        shape, nothing = self.popularity.shape, np.zeros((_NUM_SITUATIONS, NUM_FEATURES))
-        memory = tuple(kernel.new_memory(self.popularity, self.at_start, nothing))
-        rows, features = np.zeros(shape, np.int32), np.zeros((shape[0], NUM_FEATURES, shape[1]))  # [L, N, E]
-        squares = np.zeros((_NUM_SITUATIONS, NUM_FEATURES, NUM_FEATURES))
-        products, num_rows = np.zeros((_NUM_SITUATIONS, NUM_FEATURES)), np.zeros(_NUM_SITUATIONS)
-        for forward, counts, uses in zip(forwards_of(corpus), corpus.counts, uses_to_come(corpus), strict=True):
-            rows[:] = counts
-            for layer, (mine, found) in enumerate(zip(rows, features, strict=True)):
-                kernel.see(memory, layer, forward.sequence, forward.block, forward.tokens, mine, found)
-            which = situation(forward)
-            squares[which] += (features @ features.swapaxes(1, 2)).sum(axis=0)
-            products[which] += (features @ uses[:, :, np.newaxis]).sum(axis=0)[:, 0]
-            num_rows[which] += uses.size
-        decay = _RIDGE * np.maximum(num_rows, 1)[:, None, None] * np.eye(NUM_FEATURES)
-        weights = np.linalg.solve(squares + decay, products[:, :, None])[:, :, 0]
-        # A situation that the corpus never shows goes by all others together.
-        everywhere = np.linalg.solve(squares.sum(axis=0) + decay.sum(axis=0), products.sum(axis=0))
-        fitted: Floats = np.where(num_rows[:, None] > 0, weights, everywhere)
-        return fitted
+    def __init__(self, corpus: Workload | Learnt) -> None:
+        learnt = corpus if isinstance(corpus, Learnt) else learn(corpus)
+        self.popularity, self.at_start, self._weights = (np.array(table, np.float64) for table in learnt)
 
     def begin(self, shape: Shape) -> None:
         """Expect those who begin blocks. Raise InputError if the corpus has another shape."""

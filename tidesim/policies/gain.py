@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from tidesim.errors import InputError
 from tidesim.policies.composition import MostPopular
-from tidesim.policies.foresight import Foresight, situation
+from tidesim.policies.foresight import Foresight, Learnt, situation
 from tidesim.policies.interface import (
     ALL_ON_HOST,
     NOBODY,
@@ -60,7 +60,7 @@ class Gain(Policy):
 
     Parameters
     ----------
-    corpus : sequences to learn from what is used again.
+    corpus : sequences to learn from what is used again, or what was learnt from some.
 
     Raise InputError at the beginning of a run without predicted times, or with a corpus of another shape.
     """
@@ -70,7 +70,7 @@ class Gain(Policy):
     is_routing_only = False
     scratch = 2
 
-    def __init__(self, corpus: Workload) -> None:
+    def __init__(self, corpus: Workload | Learnt) -> None:
         self._foresight = Foresight(corpus)
 
     def initial(self, shape: Shape) -> Placement:
