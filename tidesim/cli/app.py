@@ -14,9 +14,11 @@ from tidesim import console, replay
 from tidesim.errors import InputError
 from tidesim.execution import EXECUTIONS, GIB, Execution, execution
 from tidesim.hardware import Hardware
+from tidesim.moe import MoEConfig, load_moe_config
 from tidesim.policies import Policy, parameters_of
 from tidesim.policies.knowledge import PREDICTORS, Knowledge
 from tidesim.result import Decision, tool_version
+from tidesim.trace import Trace
 
 DEFAULT_TRACE = "llada2.0-mini-synthetic.h5"
 DEFAULT_INTERVAL = 4
@@ -219,3 +221,8 @@ def ready_replay(machines: Iterable[Hardware]) -> None:
         return
     console.note("compiling the replay, once on this machine: this takes about half a minute")
     replay.compile_now()
+
+
+def sizes_of(opened: Trace, model: str | None, weight_bits: int) -> MoEConfig:
+    """The model whose sizes are used: the one named, else the trace's own."""
+    return (opened.config if model is None else load_moe_config(model)).with_weight_bits(weight_bits)

@@ -39,6 +39,7 @@ from tidesim.cli.app import (
     numbers,
     ready_replay,
     reserve_bytes,
+    sizes_of,
 )
 from tidesim.comparison import OWN_EXECUTIONS
 from tidesim.comparison import compare as run_comparison
@@ -48,7 +49,6 @@ from tidesim.execution import Execution, execution, largest_budget
 from tidesim.hardware import Hardware, load_hardware
 from tidesim.moe import MoEConfig, find_model, load_moe_config, read_hf_config
 from tidesim.paper_run import RunSettings
-from tidesim.planner import plan as make_plan
 from tidesim.planner import split_sequences
 from tidesim.policies import POLICIES, Policy
 from tidesim.policies.knowledge import Knowledge
@@ -146,7 +146,7 @@ def simulate(
         raise InputError("--timeline and --decisions come from the event simulator; leave out --engine replay.")
     machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
     with Trace.open(trace_name) as opened:
-        sizes = _sizes(opened, model, weight_bits)
+        sizes = sizes_of(opened, model, weight_bits)
         workload = _workload(opened, sizes, how.context).batched(batch)
     learnt = workload
     if corpus is not None:
@@ -177,43 +177,6 @@ def simulate(
     if critical_path:
         document["critical_path"] = find_critical_path(workload, sizes, machine, made, **settings).to_dict()
     console.show(document, console.result_tables, as_json)
-
-
-@app.command()
-def plan(
-    hardware: HardwareOption,
-    out: Annotated[Path | None, typer.Option(help="Plan file to write (JSON).")] = None,
-    trace_name: TraceOption = DEFAULT_TRACE,
-    model: ModelOption = None,
-    execution_name: ExecutionOption = "overlapped",
-    context: ContextOption = None,
-    weight_bits: WeightBitsOption = 16,
-    reserve_gib: ReserveOption = None,
-    held_out_share: Annotated[
-        float, typer.Option(help="Share of the sequences to score the plan on; 0 for none.")
-    ] = 0.25,
-    workers: WorkersOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonFlag = False,
-) -> None:
-    """Find the refresh interval and the expert budget that generate fastest on a machine."""
-    machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
-    ready_replay([machine])
-    with Trace.open(trace_name) as opened, console.progress("planning") as advance:
-        report = make_plan(
-            opened,
-            _sizes(opened, model, weight_bits),
-            machine,
-            execution=how,
-            held_out_share=held_out_share,
-            reserve_bytes=reserve_bytes(reserve_gib),
-            workers=workers,
-            seed=seed,
-            progress=advance,
-        )
-    if out is not None:
-        report.chosen.save(out)
-    console.show(report.to_dict(), console.plan_tables, as_json)
 
 
 @app.command()
@@ -248,7 +211,7 @@ def compare(
     machine, how = load_hardware(hardware), chosen_execution(execution_name, context)
     reserve = reserve_bytes(reserve_gib)
     with Trace.open(trace_name) as opened:
-        sizes = _sizes(opened, model, weight_bits)
+        sizes = sizes_of(opened, model, weight_bits)
         split = split_sequences(len(opened.sequences), held_out_share, seed)
         parts = (split.held_out or split.training, split.training)
         contexts: tuple[Context, ...] = ("block", "full") if own_executions else (how.context,)
@@ -293,11 +256,6 @@ def _workload(opened: Trace, sizes: MoEConfig, context: Context, sequences: Sequ
     look-ahead if it was recorded; counts are mapped, as there may be many."""
     workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead, is_mapped=True)
     return workload.tiled(sizes.num_layers)
-
-
-def _sizes(opened: Trace, model: str | None, weight_bits: int) -> MoEConfig:
-    """The model whose sizes are used: the one named, else the trace's own."""
-    return (opened.config if model is None else load_moe_config(model)).with_weight_bits(weight_bits)
 
 
 def _default_budget(

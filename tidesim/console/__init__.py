@@ -1,10 +1,10 @@
 """What people see: tables and progress bars."""
 
 from tidesim.console.grids import profile_tables, sweep_tables, validation_tables
+from tidesim.console.plans import plan_tables, ranking_tables
 from tidesim.console.printing import TextStream, note, progress, show, steps
 from tidesim.console.runs import (
     comparison_tables,
-    plan_tables,
     recording_table,
     result_tables,
     statistics_tables,
@@ -18,6 +18,7 @@ __all__ = [
     "plan_tables",
     "profile_tables",
     "progress",
+    "ranking_tables",
     "recording_table",
     "result_tables",
     "show",

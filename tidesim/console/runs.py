@@ -1,6 +1,5 @@
 """Tables of traces, of runs side by side, and of plans."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -232,12 +231,12 @@ def _ids(sequences: Sequence[int]) -> str:
 
 def _refreshes(document: Document) -> str:
     if document["refresh_steps"] is not None:
-        return f", refresh at {_steps(document['refresh_steps'])}"
+        return f", refresh at {shown_steps(document['refresh_steps'])}"
     interval = document["refresh_interval"]
     return "" if interval is None else f", refresh every {_per_layer(interval)} steps"
 
 
-def _steps(refresh_steps: Sequence[int] | Sequence[Sequence[int]]) -> str:
+def shown_steps(refresh_steps: Sequence[int] | Sequence[Sequence[int]]) -> str:
     """Steps of a block, the same for all layers or some for each."""
     rows = [row for row in refresh_steps if not isinstance(row, int)]
     common = [step for step in refresh_steps if isinstance(step, int)] if not rows else rows[0]
@@ -253,91 +252,3 @@ def _per_layer(value: int | Sequence[int]) -> str:
 
 def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
-
-
-# --- plans ---
-
-
-def plan_tables(document: Document) -> RenderableType:
-    """A plan: what to use, what to expect, what it was compared with, and where the time goes."""
-    chosen, scored = document["chosen"], document["held_out"]
-    score = "" if scored is None else f"; {scored['tok_per_s']:.2f} on {len(scored['sequences'])} sequences held out"
-    tide_code = chosen["tide_code"]
-    facts = {
-        "model": document["predicted"]["model"],
-        "trace": f"{document['trace_origin']}, {len(document['split']['training'])} sequences to plan on",
-        "machine": chosen["hardware"]["name"],
-        "execution": f"{chosen['execution']}, context {chosen['context']}",
-        "policy": chosen["policy"],
-        "budget": f"{_spread(chosen['budget'])} experts a layer, {sum(chosen['budget'])} of {document['slots']} slots",
-        "refresh": _planned_refreshes(chosen),
-        "expect": f"{document['predicted']['tok_per_s']:.2f} tok/s{score}",
-        "optimal": f"in its table to {100 * document['gap']:.2g} % ({document['solver']['solver']}); "
-        f"{document['num_runs']} simulated runs, {document['total_s']:.0f} s",
-        "device memory": _memory(document, chosen),
-        "in TIDE's code": f"max_gpu_experts_per_layer={tide_code['max_gpu_experts_per_layer']}, "
-        f"jump_steps={tide_code['jump_steps']}",
-    }
-    facts |= {f"TIDE's own programme ({tide['policy']})": _tide(tide) for tide in document["tide"]}
-    runs = [{**document["predicted"], "label": "this plan"}, *_labelled(document["baselines"])]
-    return Group(facts_of("Plan", facts), _ranking(document), breakdown_table(runs))
-
-
-def _planned_refreshes(chosen: Document) -> str:
-    if chosen["refresh_steps"] is not None:
-        return f"at {_steps(chosen['refresh_steps'])}"
-    return "never" if chosen["refresh_interval"] is None else f"every {_spread(chosen['refresh_interval'])} steps"
-
-
-def _ranking(document: Document) -> Table:
-    """The plan among its baselines, on the sequences that it was made on and on those held out."""
-    scored = document["held_out"]
-    held_out = {} if scored is None else {run["baseline"]: run for run in scored["baselines"]}
-    right = ("planned on, tok/s", "held out, tok/s", "plan is faster by", "hit rate")
-    table = table_of("Predicted throughput, with as many experts on the device", left=("",), right=right)
-    plan_s = document["predicted"]["tok_per_s"]
-    best = scored["tok_per_s"] if scored else None
-    table.add_row("this plan", f"{plan_s:.2f}", _rate(scored), "", f"{100 * document['predicted']['hit_rate']:.1f} %")
-    for run in document["baselines"]:
-        other = held_out.get(run["baseline"])
-        ours, theirs = (best, other["tok_per_s"]) if best and other else (plan_s, run["tok_per_s"])
-        name = run["baseline"] + (" (reference)" if run["is_reference"] else "")
-        gain = f"{100 * (ours / theirs - 1):+.1f} %"
-        hit_rate = f"{100 * run['hit_rate']:.1f} %"
-        table.add_row(name, f"{run['tok_per_s']:.2f}", _rate(other), gain, hit_rate)
-    return table
-
-
-def _labelled(baselines: Sequence[Document]) -> list[Document]:
-    return [{**run, "label": run["baseline"]} for run in baselines]
-
-
-def _rate(run: Document | None) -> str:
-    return "-" if run is None else f"{run['tok_per_s']:.2f}"
-
-
-def _spread(values: Sequence[int]) -> str:
-    """One number if all layers have it, else how many layers have which."""
-    counts = sorted(Counter(values).items())
-    if len(counts) == 1:
-        return str(counts[0][0])
-    return ", ".join(f"{value} ({count} layers)" for value, count in counts)
-
-
-def _memory(document: Document, chosen: Document) -> str:
-    memory = document["memory"]
-    experts = (sum(chosen["budget"]) + document["scratch"]) * chosen["model"]["expert_bytes"]
-    parts = {
-        "experts": experts,
-        "other weights": memory["non_experts"],
-        "KV cache": memory["kv_cache"],
-        "transient": memory["transient"],
-        "reserve": memory["reserve"],
-    }
-    listed = " + ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in parts.items())
-    return f"{listed} = {sum(parts.values()) / GIB:.2f} GiB of {chosen['hardware']['device_memory_bytes'] / GIB:.2f}"
-
-
-def _tide(tide: Document) -> str:
-    fit = tide["fit"]
-    return f"refresh every {tide['interval']} steps at budget {tide['budget']} (drift d = {fit['drift']:.3f} a step)"

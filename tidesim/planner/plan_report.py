@@ -8,6 +8,7 @@ import numpy as np
 
 from tidesim.errors import PlanError
 from tidesim.execution import DeviceMemory
+from tidesim.planner.explaining import Explanation
 from tidesim.planner.integer_programme import SolverReport
 from tidesim.planner.plan_file import Plan
 from tidesim.planner.tide_programme import TideProgramme
@@ -144,10 +145,12 @@ class PlanReport:
     baselines : on the same sequences, fastest first.
     programmes : one per policy; that of the plan's policy is `programme`, None if it found nothing.
     rescored : how the plan came about from the programmes.
+    explanation : why it is as fast as it is, if that was asked for.
     tide : TIDE's own programme, one per policy that refreshes, each simulated among the baselines.
     split, trace_origin : which sequences were used, and where they come from.
     memory, slots : device memory without experts, and how many experts fit into the rest.
     table_forwards : forwards that the tables were filled on: the first tuned sequences.
+    slowest_block_s : seconds of the slowest block of the tuned sequences.
     num_runs : simulated runs.
     solve_s, total_s : seconds that the solvers took, and planning as a whole.
     """
@@ -158,12 +161,14 @@ class PlanReport:
     baselines: tuple[Baseline, ...]
     programmes: tuple[Programme, ...]
     rescored: Rescored
+    explanation: Explanation | None
     tide: tuple[TideProgramme, ...]
     split: Split
     trace_origin: str
     memory: DeviceMemory
     slots: int
     table_forwards: int
+    slowest_block_s: float
     num_runs: int
     solve_s: float
     total_s: float
@@ -190,6 +195,7 @@ class PlanReport:
             "solve_s": self.solve_s,
             "total_s": self.total_s,
             "rescored": asdict(self.rescored),
+            "explanation": None if self.explanation is None else self.explanation.to_dict(),
             "programmes": [programme.to_dict() for programme in self.programmes],
             "tide": [programme.to_dict() for programme in self.tide],
             "split": asdict(self.split),
@@ -198,6 +204,7 @@ class PlanReport:
             "slots": self.slots,
             "scratch": self.chosen.make_policy().scratch_experts(self.chosen.model.num_experts),
             "table_forwards": self.table_forwards,
+            "slowest_block_s": self.slowest_block_s,
             "num_runs": self.num_runs,
         }
 

@@ -20,6 +20,7 @@ from tidesim.execution import Execution, check_memory
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.planner.candidates import find_candidates
+from tidesim.planner.explaining import explain
 from tidesim.planner.integer_programme import SolverName
 from tidesim.planner.objectives import Objective
 from tidesim.planner.plan_fields import POLICY_NAMES
@@ -75,6 +76,7 @@ def plan(
     table_visits: int = 8_000,
     workers: int | None = None,
     seed: int = 0,
+    is_explained: bool = False,
     progress: Progress | None = None,
 ) -> PlanReport:
     """Choose policy, budgets and refresh intervals for `model` on `hardware`, by the routing of `trace`.
@@ -96,6 +98,7 @@ def plan(
         so many layers, and at least one. Everything else is run on all of them.
     workers : processes; see `Runs`.
     seed : of the split.
+    is_explained : whether the report says why the plan is as fast as it is; it takes a second or two.
     progress : called with how many runs are done, and how many are known to be needed so far.
 
     Raise PlanError if the arguments allow no plan, InfeasibleError if memory or the objective's demands do not,
@@ -140,12 +143,14 @@ def plan(
             baselines=baselines,
             programmes=_programmes(runs, found),
             rescored=_rescored(runs, found),
+            explanation=explain(runs, found.winner, found.ranked, reserve_bytes) if is_explained else None,
             tide=found.tide,
             split=split,
             trace_origin=trace.origin,
             memory=room.memory,
             slots=room.slots,
             table_forwards=workloads[_table_part(setting)].num_forwards,
+            slowest_block_s=runs.outcomes([found.winner])[0].slowest_block_ns / 1e9,
             num_runs=runs.num_simulated,
             solve_s=sum(choice.report.solve_s for choice in found.choices.values()),
             total_s=time.perf_counter() - start_s,

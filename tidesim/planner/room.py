@@ -39,12 +39,14 @@ def measure_room(
     memory = device_memory(model, hardware, execution, 0, max_tokens, reserve_bytes, batch_size=batch_size)
     left_bytes = hardware.device.memory_bytes - memory.total
     if left_bytes < 0:
-        raise InfeasibleError(_no_room(model, hardware, execution, memory, max_tokens))
+        raise InfeasibleError(_no_room(model, hardware, execution, memory, max_tokens, batch_size))
     slots = all_slots if execution.has_all_on_device(hardware) else min(all_slots, left_bytes // model.expert_bytes)
     return Room(memory=memory, slots=slots)
 
 
-def _no_room(model: MoEConfig, hardware: Hardware, execution: Execution, memory: DeviceMemory, max_tokens: int) -> str:
+def _no_room(
+    model: MoEConfig, hardware: Hardware, execution: Execution, memory: DeviceMemory, max_tokens: int, batch_size: int
+) -> str:
     parts = {
         "other weights": memory.non_experts,
         "KV cache": memory.kv_cache,
@@ -57,15 +59,20 @@ def _no_room(model: MoEConfig, hardware: Hardware, execution: Execution, memory:
     return (
         f"not even a budget of 0 fits: {model.name} at {max_tokens} tokens needs {memory.total / GIB:.2f} GiB on the "
         f"device ({listed}), and {hardware.name} has {hardware.device.memory_bytes / GIB:.2f} GiB; "
-        f"{_way_out(model, hardware, execution, memory, max_tokens)}."
+        f"{_way_out(model, hardware, execution, memory, max_tokens, batch_size)}."
     )
 
 
-def _way_out(model: MoEConfig, hardware: Hardware, execution: Execution, memory: DeviceMemory, max_tokens: int) -> str:
-    """The nearest request that works: a smaller reserve, else shorter sequences, else another device."""
+def _way_out(
+    model: MoEConfig, hardware: Hardware, execution: Execution, memory: DeviceMemory, max_tokens: int, batch_size: int
+) -> str:
+    """The nearest request that works: a smaller reserve, else shorter sequences, or fewer of a batch, else another
+    device."""
     reserve_bytes = hardware.device.memory_bytes - (memory.total - memory.reserve)
     if reserve_bytes >= 0:
         return f"a reserve of at most {reserve_bytes} bytes ({reserve_bytes / GIB:.2f} GiB) would do"
+    if batch_size > 1:
+        return f"fewer than {batch_size} sequences at a time take less"
     longest = _longest_that_fits(model, hardware, execution, memory.reserve, max_tokens)
     if longest >= model.block_length:
         return f"sequences of at most {longest} tokens would do"
