@@ -16,13 +16,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tidesim.replay.ageing import ages_of
     from tidesim.replay.replaying import Replayer, compile_now, is_compiled, is_contended, replay
 
-__all__ = ["Replayer", "compile_now", "is_compiled", "is_contended", "replay"]
+__all__ = ["Replayer", "ages_of", "compile_now", "is_compiled", "is_contended", "replay"]
 
 
 def __getattr__(name: str) -> Any:
     # Importing numba takes longer than most commands, so only who replays waits for it.
     if name in __all__:
-        return getattr(import_module("tidesim.replay.replaying"), name)
+        home = "ageing" if name == "ages_of" else "replaying"
+        return getattr(import_module(f"tidesim.replay.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
