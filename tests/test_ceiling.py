@@ -305,7 +305,7 @@ def test_time_that_adds_up_is_a_flow_of_slots(seed: int, evict: int) -> None:
     flow_ns = flow_of_slots(3, host > 0, not_there - there, entering, evict)
     optimum = flow_ns + not_there.sum() + relaxation.dense.sum()
     assert Programme(relaxation, [3], False).solve() == pytest.approx(optimum)
-    assert ascend(relaxation, np.array([3.0])) == nearly(optimum)
+    assert ascend(relaxation, np.array([3.0])).bound_ns == nearly(optimum)
 
 
 @pytest.mark.parametrize("evict", [0, 7])
@@ -315,7 +315,7 @@ def test_time_that_adds_up_is_the_best_of_all_residencies(seed: int, evict: int)
     sets = [set(chosen) for size in range(3) for chosen in combinations(range(4), size)]
     optimum = min(time_of(relaxation, path) for path in product(sets, repeat=4))
     assert Programme(relaxation, [2], False).solve() == pytest.approx(optimum)
-    assert ascend(relaxation, np.array([2.0])) == nearly(optimum)
+    assert ascend(relaxation, np.array([2.0])).bound_ns == nearly(optimum)
 
 
 def time_of(relaxation, residents):
@@ -329,6 +329,19 @@ def time_of(relaxation, residents):
             extra = 0 if expert in here | after else relaxation.promote
             total += min(host[forward, expert], device[forward, expert] + extra)
     return total
+
+
+def test_a_bound_that_is_out_of_time_is_one_all_the_same() -> None:
+    relaxation, slots = random_relaxation(np.random.default_rng(1), 15, 8, 7), np.array([3.0])
+    whole, cut = ascend(relaxation, slots), ascend(relaxation, slots, time_limit_s=0.0)
+    assert (cut.num_iterations, cut.is_settled) == (1, False)
+    assert whole.is_settled
+    assert 0 < cut.bound_ns <= whole.bound_ns
+    assert ascend(relaxation, slots, time_limit_s=1e9) == whole
+    workload = toy_workload([FIRST], [SECOND])
+    limited = time_ceiling(workload, Costs(TOY, toy_hardware(), toy_execution(), 3), 2, time_limit_s=0.0)
+    assert (limited.num_iterations, limited.is_settled) == (1, False)
+    assert limited.makespan_ns <= ceiling_of(FIRST, SECOND).makespan_ns
 
 
 # --- time, at full size ---
@@ -351,5 +364,5 @@ def test_the_ascent_ends_close_to_the_best_prices(profile: str, name: str, num_f
     costs = Costs(model, load_hardware(profile), execution(name), int(workload.tokens.max()))
     relaxation = Relaxation.of(workload, costs)
     exact = Programme(relaxation, [64], False).solve()
-    found = ascend(relaxation, np.array([64.0]))
+    found = ascend(relaxation, np.array([64.0])).bound_ns
     assert 0.995 * exact <= found <= exact * (1 + 1e-7)

@@ -9,6 +9,7 @@ Letters: F forwards, L MoE layers, E experts.
 """
 
 from itertools import count
+from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
@@ -42,11 +43,20 @@ class Multipliers(NamedTuple):
     slot: Floats
 
 
-def ascend(relaxation: Relaxation, slots: Floats) -> float:
-    """The best bound found on the makespan, in ns.
+class Ascent(NamedTuple):
+    """The best bound found on the makespan, after how many iterations, and whether more would hardly raise it."""
+
+    bound_ns: float
+    num_iterations: int
+    is_settled: bool
+
+
+def ascend(relaxation: Relaxation, slots: Floats, time_limit_s: float | None = None) -> Ascent:
+    """The best bound that is found within `time_limit_s`, or until it is settled; at least one iteration is made.
 
     `slots` is [L], or [1] if all layers share them.
     """
+    start_s = monotonic()
     multipliers, scales = first_multipliers(relaxation, slots)
     steps = _Steps(scales)
     best = reached = -np.inf
@@ -57,10 +67,11 @@ def ascend(relaxation: Relaxation, slots: Floats) -> float:
         if iteration % WINDOW == 0:
             size = size / 2 if best - reached <= PROGRESS * abs(best) else size
             reached = best
-        if size < LAST_STEP:
+        is_settled = size < LAST_STEP
+        if is_settled or (time_limit_s is not None and monotonic() - start_s >= time_limit_s):
             break
         multipliers = steps.move(multipliers, slopes, size)
-    return best
+    return Ascent(best, iteration, is_settled)
 
 
 def bound(relaxation: Relaxation, slots: Floats, multipliers: Multipliers) -> tuple[float, Multipliers]:
