@@ -1,6 +1,7 @@
 """One run, or many on the same routing, from their inputs to their results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -56,13 +57,28 @@ class Replayer:
 
     def run(self, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]) -> RunResult:
         """One run; see `replay`."""
+        return self.run_with_ends((), model, hardware, policy, **settings)[0]
+
+    def run_with_ends(
+        self,
+        ends: Sequence[int],
+        model: MoEConfig,
+        hardware: Hardware,
+        policy: Policy,
+        **settings: Unpack[RunSettings],
+    ) -> tuple[RunResult, tuple[int, ...]]:
+        """One run, and its time in ns when the first `ends[0]` of its forwards are done, `ends[1]`, and so on.
+
+        `ends` ascend, are > 0, and at most F.
+        """
         if is_contended(hardware):
             raise InputError(
                 f"profile {hardware.name!r} says how much device, host and copies slow each other down (contention); "
                 "that is for the event simulator: use simulate(), or --engine simpy."
             )
         paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
-        return paper.result(self._timed(self._decide(paper), paper))
+        totals, times_ns = self._timed(self._decide(paper), paper, ends)
+        return paper.result(totals), times_ns
 
     def _decide(self, paper: PaperRun) -> Decisions:
         """What the policy decides, from memory if it was asked before and goes by the routing alone."""
@@ -77,37 +93,49 @@ class Replayer:
                 del self._decided[next(iter(self._decided))]
         return decisions
 
-    def _timed(self, decisions: Decisions, paper: PaperRun) -> Mapping[str, Any]:
-        """What a `RunResult` counts and times."""
+    def _timed(
+        self, decisions: Decisions, paper: PaperRun, ends: Sequence[int]
+    ) -> tuple[Mapping[str, Any], tuple[int, ...]]:
+        """What a `RunResult` counts and times, and the times at `ends`."""
         prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
-        clock, makespan_ns = self._play(decisions, prices, fixed)
+        clock, times_ns = self._play(decisions, prices, fixed, ends)
         tally: list[int] = clock.tally.tolist()
         hits, misses, promotions, evictions, drops = tally[:DEVICE_BUSY]
         links = clock.links[:, LINK_BUSY].tolist()
-        return {
+        totals = {
             "hits": hits,
             "misses": misses,
             "promotions": promotions,
             "evictions": evictions,
             "drops": drops,
             **copied(paper.costs, promotions + drops, evictions),
-            "makespan_ns": makespan_ns,
+            "makespan_ns": times_ns[self.workload.num_forwards],
             "layer_parts_ns": tuple(map(tuple, clock.parts.tolist())),
             "busy_ns": {"device": tally[DEVICE_BUSY], "host": tally[HOST_BUSY], "h2d": links[H2D], "d2h": links[D2H]},
         }
+        return totals, tuple(times_ns[end] for end in ends)
 
-    def _play(self, decisions: Decisions, prices: Prices, fixed: Fixed) -> tuple[Clock, int]:
-        """Walk the forwards, with more room for copies under way as long as there is too little."""
+    def _play(
+        self, decisions: Decisions, prices: Prices, fixed: Fixed, ends: Sequence[int]
+    ) -> tuple[Clock, dict[int, int]]:
+        """Walk the forwards, with more room for copies under way as long as there is too little.
+
+        Returns the time, too, after so many forwards as `ends` say, and after all.
+        """
         num_experts, num_layers, room = self.workload.num_experts, self.workload.num_layers, FIRST_ROOM
         residents = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
         while True:
-            clock, rule, now_ns = new_clock(residents, room), ruled(decisions, num_experts), 0
+            clock, rule, now_ns, times_ns = new_clock(residents, room), ruled(decisions, num_experts), 0, {}
             for number, part in enumerate(self._parts):
-                script = decisions.script.cut(part, num_layers)
-                now_ns = play(self._routing_of(number), prices.cut(part), fixed, script, rule, clock, now_ns)
+                routing = self._routing_of(number)
+                for piece in _pieces(part, ends, self.workload.num_forwards):
+                    script = decisions.script.cut(piece, num_layers)
+                    its_own = routing.cut(slice(piece.start - part.start, piece.stop - part.start))
+                    now_ns = play(its_own, prices.cut(piece), fixed, script, rule, clock, now_ns)
+                    times_ns[piece.stop] = int(now_ns)
             stop(fixed, clock, now_ns)
             if not clock.links[:, IS_FULL].any():
-                return clock, int(now_ns)
+                return clock, times_ns
             room *= 16
 
     def _routing_of(self, number: int) -> Routing:
@@ -118,6 +146,13 @@ class Replayer:
         if sum(kept.num_bytes for kept in self._routing.values()) + routing.num_bytes <= _KEPT_ROUTING_BYTES:
             self._routing[number] = routing
         return routing
+
+
+def _pieces(part: slice, ends: Sequence[int], num_forwards: int) -> list[slice]:
+    """`part` of all forwards, cut at `ends`."""
+    stop = min(part.stop, num_forwards)
+    cuts = [part.start, *(end for end in ends if part.start < end < stop), stop]
+    return [slice(*piece) for piece in pairwise(cuts)]
 
 
 def is_contended(hardware: Hardware) -> bool:

@@ -55,6 +55,22 @@ class Routing(NamedTuple):
         """Memory that it takes."""
         return sum(array.nbytes for array in self)
 
+    def cut(self, forwards: slice) -> "Routing":
+        """That of some forwards; experts and groups are left where they are."""
+        num_layers = len(self.active) // len(self.tokens)
+        rows = slice(forwards.start * num_layers, forwards.stop * num_layers)
+        ends = slice(rows.start, rows.stop + 1)
+        return self._replace(
+            first=self.first[ends],
+            first_group=self.first_group[ends],
+            active=self.active[rows],
+            kind=self.kind[forwards],
+            step=self.step[forwards],
+            is_first_block=self.is_first_block[forwards],
+            tokens=self.tokens[forwards],
+            num_pairs=self.num_pairs[forwards],
+        )
+
 
 def _no_routing() -> Routing:
     """Of no forward of a layer."""
