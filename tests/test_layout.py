@@ -23,7 +23,7 @@ RANKS = (
     ("paper_run",),
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
     ("timing", "critical_path", "alternatives"),
-    ("planner", "explained", "what_if"),
+    ("planner", "explained", "scored", "what_if"),
     ("comparison", "exports", "study"),
     ("engine", "report", "console"),
     ("validate",),
