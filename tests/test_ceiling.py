@@ -344,6 +344,31 @@ def test_a_bound_that_is_out_of_time_is_one_all_the_same() -> None:
     assert limited.makespan_ns <= ceiling_of(FIRST, SECOND).makespan_ns
 
 
+class FetchesOne(Policy):
+    """Expert 0 is resident, and expert 1 fetched for each forward."""
+
+    name, scratch, miss_action = "fetches-one", 1, "split"
+
+    def initial(self, shape):
+        return Placement(((0,),))
+
+    def serve(self, forward, layer, missed, counts, is_resident):
+        return Serving(drop=(1,))
+
+
+def test_blocking_copies_of_fetched_experts_run_beside_a_parallel_host() -> None:
+    workload, used = toy_workload([[2, 1, 1, 0, 0, 0, 0, 0]]), toy_execution(host="parallel")
+    kwargs = {"budget": 1, "execution": used, "is_memory_checked": False}
+    # The device takes 100 + 310 + 100, and the host, beside it, 50 + 500 + 2 * 110 for expert 2.
+    relaxation = Relaxation.of(workload, Costs(TOY, toy_hardware(), used, 2))
+    dense = float(relaxation.dense.sum())
+    assert simulate(workload, TOY, toy_hardware(), FetchesOne(), **kwargs).makespan_ns == dense + 770
+    # If shares may be moved, 100 + 410 x = 770 (2 - x) is least; with copies beside nothing it were 779.
+    least = dense + 100 + 410 * 1440 / 1180
+    assert Programme(relaxation, [1], False).solve() == pytest.approx(least)
+    assert ascend(relaxation, np.array([1.0])).bound_ns == nearly(least)
+
+
 # --- time, at full size ---
 
 

@@ -93,7 +93,7 @@ def _prices(relaxation: Relaxation, multipliers: Multipliers) -> Prices:
     side, link, slot = multipliers
     counted = 1 - link[:, None]
     on_device, on_host = _weights(relaxation, side)
-    copy = relaxation.promote * (link if relaxation.is_background else np.ones_like(link))
+    copy = relaxation.promote * (link[:, None] if relaxation.is_background else on_device)
     return Prices(counted * on_device, counted * on_host, copy, slot)
 
 
@@ -103,12 +103,13 @@ def _slopes(relaxation: Relaxation, slots: Floats, multipliers: Multipliers, pat
     host = relaxation.host_fixed + np.einsum("fle,fle->fl", relaxation.host, ~paths.is_on_device)
     on_device, on_host = _weights(relaxation, multipliers.side)
     forward = relaxation.dense + (on_device * device + on_host * host).sum(axis=1)
-    copies = relaxation.promote * np.count_nonzero(paths.is_copied, axis=(1, 2))
+    copies = relaxation.promote * np.count_nonzero(paths.is_copied, axis=2)
+    on_side = 0 if relaxation.is_background else copies
     residents = np.count_nonzero(paths.is_resident, axis=2)
     is_pooled = multipliers.slot.shape != residents.shape
     return Multipliers(
-        side=(1 - multipliers.link[:, None]) * (device - host) * relaxation.is_parallel,
-        link=(copies - forward) * relaxation.is_background,
+        side=((1 - multipliers.link[:, None]) * (device - host) + on_side) * relaxation.is_parallel,
+        link=(copies.sum(axis=1) - forward) * relaxation.is_background,
         slot=(residents.sum(axis=1, keepdims=True) if is_pooled else residents) - slots,
     )
 
@@ -150,7 +151,7 @@ def first_multipliers(relaxation: Relaxation, slots: Floats) -> tuple[Multiplier
     link = np.full(F, 0.5 if relaxation.is_background and relaxation.promote else 0.0)
     prices = _prices(relaxation, Multipliers(side, link, np.zeros((F, len(slots)))))
     saving = prices.host[:, :, None] * relaxation.host - prices.device[:, :, None] * relaxation.device
-    saving = np.clip(saving, 0, prices.copy[:, None, None])
+    saving = np.clip(saving, 0, prices.copy[:, :, None])
     slot = _next_best(_worth(saving), slots)
     unit = SLOT_SCALE * max(float(slot.mean()), 1e-3 * float(saving.mean()))
     scales = (np.full_like(side, SIDE_SCALE), np.full_like(link, LINK_SCALE), np.full_like(slot, unit))

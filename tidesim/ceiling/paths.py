@@ -20,7 +20,7 @@ class Prices(NamedTuple):
     Parameters
     ----------
     device, host : [F, L], for each ns that it is computed there.
-    copy : [F], for a copy to the device during the forward.
+    copy : [F, L] or [F, 1], for a copy to the device during the forward.
     slot : [F, L] or [F, 1], for being in a slot just before the forward.
     """
 
@@ -91,7 +91,7 @@ def _look_back(relaxation: Relaxation, prices: Prices) -> tuple[float, Mask, _Ch
     for forward in range(shape[0] - 1, -1, -1):
         device = relaxation.device[forward] * prices.device[forward][:, None]
         host = relaxation.host[forward] * prices.host[forward][:, None]
-        copy, leave = prices.copy[forward], absent + relaxation.evict
+        copy, leave = prices.copy[forward][:, None], absent + relaxation.evict
         np.less_equal(device, host, out=choices.prefers_device[forward])
         computed = np.minimum(device, host)
         device += copy

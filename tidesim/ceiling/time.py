@@ -63,6 +63,7 @@ def time_ceiling(
     - A resident may be computed by the host too, where that is faster.
     - In the background, copies fit into the forward that they begin in, or anywhere between there and the first use;
       evictions are never waited for, with write-back either.
+    - Blocking copies with a parallel host all run beside it, those of a refresh too, and evictions take no time.
     - Memory that device, host and copies share slows nobody.
     - A share of an expert may be moved, and kernels, launches and calls share their fixed parts; see `relaxation`.
 
