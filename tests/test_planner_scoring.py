@@ -229,12 +229,13 @@ def test_tides_programme_is_told_with_its_bands_and_what_fails(text):
     shown = text(tide_tables(tide_document()))
     assert "drift d = 0.2000 a step (95 % band 0.1000 to 0.3000); R squared 0.900" in shown
     assert "f(1) in 0.100 to 0.300, f(2) in 0.100 to 0.300" in shown
-    assert (
-        "3, 4, which cost at most 1.5 % more by the programme; chosen on other sequences: 3 (70 %), 4 (30 %)" in shown
-    )
+    assert "chosen on other sequences 3 (70 %), 4 (30 %); it cannot tell 3, 4 apart, which cost at most 1.5 %" in shown
+    assert "replayed" not in shown
     assert "note only 4 sequences" in shown
     assert "constant drift FAILS; drift is not constant." in shown
     assert "band" not in text(tide_tables(tide_document(bands=None)))
+    found = regret(Sample((4 * S,), (8,)), {"every 2 steps": Sample((2 * S,), (8,))})
+    assert "when replayed 50.0 % slower" in text(tide_tables(tide_document(), found.to_dict()))
 
 
 def test_samples_are_made_of_any_numbers():

@@ -30,21 +30,26 @@ def judgement_tables(document: Document) -> RenderableType:
     return Group(facts_of("Score on sequences held out", facts), table)
 
 
-def tide_tables(document: Document) -> RenderableType:
-    """`TideProgramme.to_dict`: its choice, how well its curves fit, how sure both are, and what does not hold."""
+def tide_tables(document: Document, replayed: Document | None = None) -> RenderableType:
+    """`TideProgramme.to_dict`: its choice, how well its curves fit, how sure both are, and what does not hold.
+
+    `replayed` is `Regret.to_dict` of its choice among the intervals that were replayed, if any were.
+    """
     fit, bands = document["fit"], document["bands"]
     start, growth, exponent = fit["misses"]
     drift = f"d = {fit['drift']:.4f} a step" + ("" if bands is None else _between(bands["drift"]))
     facts = {
-        "choice": f"refresh every {document['interval']} steps at budget {document['budget']}",
+        "choice": f"refresh every {_steps(document['interval'])} at budget {document['budget']}",
         "drift": f"{drift}; R squared {fit['drift_r_squared']:.3f}",
         "misses": f"f(tau) = {start:.3f} + {growth:.3f} tau^{exponent:.2f}; R squared {fit['misses_r_squared']:.3f}",
     }
     if bands is not None:
         facts["band of f"] = f"{_growth(bands['misses'][0], 1)}, {_growth(bands['misses'][-1], len(bands['misses']))}"
-        facts["as good as that"] = _alike(bands)
+        facts["chosen on other sequences"] = _alike(bands)
         facts["sequences"] = f"{bands['num_sequences']}, drawn again {bands['num_resamples']} times"
         facts |= {"note": bands["caution"]} if bands["caution"] else {}
+    if replayed is not None:
+        facts["when replayed"] = replayed["sentence"]
     facts |= {assumption["name"]: _assumption(assumption) for assumption in document["assumptions"]}
     return facts_of(f"TIDE's own programme ({document['policy']})", facts)
 
@@ -62,18 +67,21 @@ def _growth(interval: Document, lag: int) -> str:
 
 
 def _alike(bands: Document) -> str:
-    """Which intervals the trace cannot tell apart."""
+    """Which intervals the trace cannot tell apart, if the programme's formula is right."""
     chosen = ", ".join(f"{interval} ({100 * share:.0f} %)" for interval, share in bands["shares"][:_MOST_SHARES])
     more = ", .." if len(bands["shares"]) > _MOST_SHARES else ""
-    alike = ", ".join(map(str, bands["alike"]))
     if len(bands["alike"]) == 1:
-        return f"no other interval; chosen on other sequences: {chosen}{more}"
+        return f"{chosen}{more}, if its formula is right"
+    alike = ", ".join(map(str, bands["alike"]))
     return (
-        f"{alike}, which cost at most {100 * bands['costs_more']:.1f} % more by the programme; "
-        f"chosen on other sequences: {chosen}{more}"
+        f"{chosen}{more}; it cannot tell {alike} apart, which cost at most {100 * bands['costs_more']:.1f} % more by "
+        "its own formula"
     )
 
 
+def _steps(number: int) -> str:
+    return f"{number} step{'s' * (number > 1)}"
+
+
 def _assumption(assumption: Document) -> str:
-    verdict = {True: "holds; ", False: "FAILS; ", None: ""}[assumption["holds"]]
-    return f"{verdict}{assumption['sentence']}"
+    return ("FAILS; " if assumption["holds"] is False else "") + str(assumption["sentence"])

@@ -132,9 +132,9 @@ def one_interval(layers: Points, copy_s: float, budget: int, num_steps: int) -> 
     intervals = costs.argmin(axis=1) + 1
     loss = float(together / own - 1) if own else 0.0
     figures = {"shortest": float(intervals.min()), "longest": float(intervals.max()), "loss": loss}
-    spread = f"layers by themselves would refresh every {intervals.min()} to {intervals.max()} steps"
+    spread = f"layers by themselves would choose intervals of {intervals.min()} to {intervals.max()}"
     if intervals.min() == intervals.max():
-        spread = f"every layer by itself would refresh every {intervals.min()} steps"
+        spread = f"every layer by itself would choose an interval of {intervals.min()}"
     return Assumption(
         name="one interval for all layers",
         holds=loss <= _SMALL_LOSS,
