@@ -67,6 +67,34 @@ def test_an_arrival_stays_one_when_its_event_stands_for_another(backend) -> None
     backend.wait_for(first)
 
 
+def test_copies_into_free_slots_wait_for_nothing(backend) -> None:
+    backend.copy([Place(0, 3, 0, 0), Place(0, 4, 0, 1)], is_free=True)
+    assert backend.calls.num_recorded == 2 + 1
+    assert torch.equal(backend.slabs[0][:2], backend._weights.layers[0][3:5])
+
+
+def test_experts_that_were_fetched_together_give_what_the_host_gives(backend, rng: np.random.Generator) -> None:
+    """Two groups of a layer, in two slabs; experts in another order than their slots."""
+    backend.open_slots([8, 3])
+    ids = np.argsort(rng.random((6, SMALL.num_experts)), axis=1)[:, :4]
+    x = torch.from_numpy(rng.standard_normal((6, SMALL.hidden_size), np.float32))
+    pairs = sorted_pairs(ids, np.full(SMALL.num_experts, -1), 8)
+    batch = Batch(x, pairs, 8, 0)
+    missed = batch.missed
+    backend.ids_on_host(x, torch.from_numpy(ids))
+    backend.run_residents(0, batch)
+    backend.finish_missed(backend.start_missed(0, batch, missed))
+    expected = backend._on_device["outputs"][: ids.size].clone()
+    fetched = missed[:8].tolist()
+    slots = [(0, 6), (1, 2), (0, 1), (0, 7), (1, 0), (0, 0), (1, 1), (0, 3)]
+    places = [Place(0, expert, *at) for expert, at in zip(fetched, slots, strict=True)]
+    backend.copy(places)
+    backend._on_device["outputs"][batch.pairs_of(np.array(fetched))] = torch.nan
+    backend.run_fetched(batch, places[:5])
+    backend.run_fetched(batch, places[5:])
+    torch.testing.assert_close(backend._on_device["outputs"][: ids.size], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_stamps_of_a_forward_are_used_again_in_the_next(backend) -> None:
     for _ in range(4):
         assert len(backend.elapsed_ns([backend.stamp() for _ in range(6)])) == 5

@@ -16,6 +16,7 @@ from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim import Trace, load_hardware, load_moe_config
 from tidesim.ceiling import hit_ceiling, time_ceiling
+from tidesim.ceiling import relaxation as relaxing
 from tidesim.ceiling.ascent import ascend
 from tidesim.ceiling.relaxation import Relaxation
 from tidesim.errors import BudgetError, InputError, TidesimError
@@ -252,6 +253,24 @@ def test_more_slots_never_raise_the_bound() -> None:
         costs = Costs(TOY, toy_hardware(), toy_execution(**changes), 3)
         bounds = [time_ceiling(workload, costs, budget).makespan_ns for budget in range(9)]
         assert all(after <= before * 1.001 for before, after in pairwise(bounds))
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 12])
+def test_a_run_that_is_relaxed_part_by_part_has_the_same_bound(
+    kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = toy_workload(*random_counts(np.random.default_rng(7), 40, 2))
+    model, slots = replace(TOY, num_layers=2), {False: np.array([1.0, 3.0]), True: np.array([4.0])}
+    for changes in ({}, {"host": "parallel"}, {"copies": "background", "host": "parallel"}):
+        costs = Costs(model, toy_hardware(), toy_execution(**changes), 3)
+        whole = Relaxation.of(workload, costs)
+        monkeypatch.setattr(relaxing, "_WINDOW_CELLS", 16 * 7)
+        monkeypatch.setattr(relaxing, "_KEPT_BYTES", kept_bytes)
+        parts = relaxing.RelaxedRun(workload, costs)
+        assert len(parts.spans) == 6
+        for is_pooled in (False, True):
+            found, expected = (ascend(relaxed, slots[is_pooled]) for relaxed in (parts, whole))
+            assert found.bound_ns == pytest.approx(expected.bound_ns, rel=1e-12)
 
 
 def test_a_ceiling_says_what_it_is_of() -> None:

@@ -62,7 +62,7 @@ def plan_for(model: MoEConfig, budget, **changes) -> Plan:
         "reserve_bytes": 0,
         "predicted": PREDICTION,
         "held_out": None,
-        "proof": Proof(solver="highs", status="optimal", objective_s=0.5, bound_s=0.5, gap=0.0),
+        "proof": Proof(solver="highs", status="optimal", minimised="time", objective=0.5, bound=0.5, gap=0.0),
         "tide_code": TideCode(max_gpu_experts_per_layer=2, jump_steps=4, derivation="by hand"),
         "seed": 0,
         "tool_version": "1.2.3",
@@ -109,6 +109,10 @@ def test_tide_gets_its_two_numbers() -> None:
         (
             plan_for(MODEL, (2, 2, 2), refresh_interval=(1, 2, 2)),
             ["Refresh intervals that differ", "Policy 'tide'", "Execution 'overlapped'", "Memory"],
+        ),
+        (
+            plan_for(MODEL, (2, 2, 2), refresh_interval=None, refresh_steps=((0, 1), (0, 1), ())),
+            ["Refresh steps that are no multiples", "Policy 'tide'", "Execution 'overlapped'", "Memory"],
         ),
         (STATIC, ["Budgets that differ", "Policy 'static'", "Which experts", "Execution 'overlapped'", "Memory"]),
         (LRU, ["Policy 'lru'", "Missed experts are fetched", "Execution 'overlapped'", "Memory"]),

@@ -16,11 +16,11 @@ ROOT = PACKAGE.parent
 # Imports point to a lower rank only.
 RANKS = (
     ("errors",),
-    ("batches", "shipped", "tables", "workers"),
+    ("batches", "shipped", "tables", "windows", "workers"),
     ("moe", "hardware", "workload", "residency", "result"),
     ("trace_format", "execution"),
     ("trace", "policies"),
-    ("paper_run",),
+    ("paper_run", "lending"),
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
     ("timing", "critical_path", "alternatives"),
     ("planner", "explained", "scored", "what_if"),

@@ -59,7 +59,7 @@ def test_uses_to_come_fade_by_how_soon_they_are_and_end_with_the_sequence() -> N
         [1, 0],
         [0, 0],
     ]
-    assert uses_to_come(workload)[:, 0] == pytest.approx(np.array(expected))
+    assert np.array(list(uses_to_come(workload)))[:, 0] == pytest.approx(np.array(expected))
 
 
 def test_a_forward_is_of_one_situation() -> None:

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from simulator_cases import cases, data_of, make_policy, run_case
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
+from tidesim import windows
 from tidesim.errors import BudgetError, InputError
 from tidesim.execution import EXECUTIONS, execution
 from tidesim.hardware import Contention, load_hardware
 from tidesim.moe import load_moe_config
 from tidesim.policies import POLICIES, Shape, policy
-from tidesim.policies.pieces import SetOrder
 from tidesim.policies.predictors import Previous
-from tidesim.replay import Replayer, clock, replay, replaying, routing
+from tidesim.policies.victims import SetOrder
+from tidesim.replay import Replayer, clock, replay, replaying, script, stretches
 from tidesim.replay.rules import build_set, list_set
 from tidesim.shipped import find_shipped
 from tidesim.simulator import simulate
@@ -40,6 +41,19 @@ def test_every_policy_under_every_execution_is_replayed_as_it_is_simulated(case)
 
 @settings(deadline=None)
 @given(cases())
+def test_every_visit_of_a_layer_takes_as_long_as_simulated(case):
+    workload, model, machine, (name, params), budgets, used = case
+    spent = [np.zeros((workload.num_forwards, workload.num_layers + 1), np.int64) for _ in range(2)]
+    for run, times_ns in zip((simulate, replay), spent, strict=True):
+        kwargs = {"budget": budgets, "execution": used, "is_memory_checked": False, "spent": times_ns}
+        result = run(workload, model, machine, make_policy(name, params), **kwargs)
+        assert times_ns.sum() == result.makespan_ns
+        assert times_ns.sum(axis=0).tolist() == [sum(parts) for parts in result.layer_parts_ns]
+    assert np.array_equal(*spent)
+
+
+@settings(deadline=None)
+@given(cases())
 def test_a_policy_is_asked_once_for_all_machines(case):
     workload, model, machine, (name, params), budgets, used = case
     made, replayer = make_policy(name, params), Replayer(workload)
@@ -48,17 +62,6 @@ def test_a_policy_is_asked_once_for_all_machines(case):
         kwargs = {"budget": budgets, "execution": used, "is_memory_checked": False}
         expected = simulate(workload, model, each, make_policy(name, params), **kwargs)
         assert replayer.run(model, each, made, **kwargs) == expected
-
-
-@settings(deadline=None)
-@given(cases(), st.integers(1, 60), st.booleans())
-def test_forwards_are_replayed_in_parts_as_all_at_once(case, part_counts, is_kept):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "_PART_COUNTS", part_counts)
-        if not is_kept:
-            patch.setattr(replaying, "_KEPT_ROUTING_BYTES", 0)
-        in_parts = replay_case(case)
-    assert in_parts == replay_case(case)
 
 
 def large_workload(rng: np.random.Generator, num_experts: int, num_forwards: int):
@@ -170,14 +173,73 @@ def test_copies_that_pile_up_are_given_room(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(replaying, "FIRST_ROOM", 1)
     rooms = []
 
-    def noted(resident, room):
-        rooms.append(room)
-        return clock.new_clock(resident, room)
+    def noted(*args):
+        rooms.append(args[5].links.shape[1] - clock.RING)
+        return clock.play(*args)
 
-    monkeypatch.setattr(replaying, "new_clock", noted)
+    monkeypatch.setattr(stretches, "play", noted)
     made = policy("tide-as-coded")
-    assert replay(workload, TOY, slow, made, **kwargs) == simulate(workload, TOY, slow, made, **kwargs)
+    expected = simulate(workload, TOY, slow, made, **kwargs)
+    assert replay(workload, TOY, slow, made, **kwargs) == expected
     assert rooms == [1, 16]
+    # Short stretches find more room when they need it, and keep it.
+    monkeypatch.setattr(windows, "WINDOW_CELLS", 8 * 13)
+    rooms.clear()
+    assert replay(workload, TOY, slow, made, **kwargs) == expected
+    assert set(rooms) == {1, 16}
+    assert rooms == sorted(rooms)
+
+
+@settings(deadline=None, max_examples=300)
+@given(cases(), st.integers(1, 3))
+def test_stretches_are_one_run(case, num_forwards):
+    """Of one forward to three, so that copies under way, refreshes and places in scratch memory reach across."""
+    workload, model, machine, (name, params), budgets, used = case
+    kwargs = {"budget": budgets, "execution": used, "is_memory_checked": False}
+    expected = replay_case(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "WINDOW_CELLS", num_forwards * model.num_layers * model.num_experts)
+        made, replayer = make_policy(name, params), Replayer(workload)
+        assert replayer.run(model, machine, made, **kwargs) == expected
+        assert replayer.run(model, machine, made, **kwargs) == expected
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(RULED), num_forwards=st.integers(1, 12))
+def test_rules_remember_across_stretches(seed, name, num_forwards):
+    workload = large_workload(np.random.default_rng(seed), 40, 60)
+    model = replace(TOY, num_layers=2, num_experts=40)
+    links = toy_hardware().links
+    slow = replace(toy_hardware(), links=replace(links, h2d_pageable=replace(links.h2d_pageable, latency_s=1e-5)))
+    for copies in ("blocking", "background"):
+        kwargs = {"execution": toy_execution(copies=copies, write_back=True), "is_memory_checked": False, "budget": 9}
+        made = policy(name, **data_of(name, workload, None))
+        expected = replay(workload, model, slow, made, **kwargs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(windows, "WINDOW_CELLS", num_forwards * 80)
+            patch.setattr(replaying, "_KEPT_ROUTING_BYTES", 1 << 12)
+            assert replay(workload, model, slow, made, **kwargs) == expected
+
+
+def test_long_scripts_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = large_workload(np.random.default_rng(0), 40, 30)
+    model = replace(TOY, num_layers=2, num_experts=40)
+    kwargs = {"budget": 9, "execution": toy_execution(copies="background"), "is_memory_checked": False}
+    expected = simulate(workload, model, toy_hardware(), policy("lfu"), **kwargs)
+    asked = []
+
+    def noted(*args, **kwargs):
+        asked.append(args)
+        return script.decide(*args, **kwargs)
+
+    monkeypatch.setattr(replaying, "decide", noted)
+    monkeypatch.setattr(windows, "WINDOW_CELLS", 5 * 80)
+    for limit, num_asked in ((1 << 20, 1), (1 << 10, 2)):
+        monkeypatch.setattr(replaying, "_KEPT_SCRIPT_BYTES", limit)
+        made, replayer = policy("lfu"), Replayer(workload)
+        asked.clear()
+        assert [replayer.run(model, toy_hardware(), made, **kwargs) for _ in range(2)] == [expected, expected]
+        assert len(asked) == num_asked
 
 
 def test_machines_whose_parts_slow_each_other_are_for_the_simulator() -> None:

@@ -189,6 +189,17 @@ def test_forwards_follow_the_rules_of_block_diffusion_with_a_cache(tmp_path: Pat
         assert np.array_equal(full.counts.sum(axis=2), np.repeat(full.tokens[:, None], trace.num_layers, axis=1) * 8)
 
 
+def test_without_a_cache_the_same_routing_is_recorded_with_its_prefix(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"num_sequences": 3, "prompt_tokens": 70, "gen_length": 70}
+    with make(tmp_path / "with.h5", **sizes) as cached, make(tmp_path / "without.h5", kv_cache=False, **sizes) as trace:
+        assert not trace.kv_cache
+        assert set(trace.forwards["kind"].tolist()) == {ForwardKind.DENOISE}
+        for context in ("block", "full"):
+            one, other = cached.workload(context), trace.workload(context)
+            for name in ("counts", "kind", "sequence", "block", "step", "tokens", "context_tokens"):
+                assert np.array_equal(getattr(one, name), getattr(other, name)), (context, name)
+
+
 def test_a_token_never_gets_an_expert_twice(tmp_path: Path) -> None:
     with make(tmp_path / "trace.h5", num_sequences=1) as trace:
         ids = np.sort(trace.expert_ids(0, trace.num_rows), axis=2)

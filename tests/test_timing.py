@@ -1,4 +1,4 @@
-"""A run cut where its sequences end: the times of prefixes, on whatever times a run."""
+"""What each sequence of a run takes: the times of prefixes, on whatever times a run."""
 
 from dataclasses import replace
 
@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from simulator_cases import cases, make_policy
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
+from tidesim import windows
 from tidesim.hardware import Contention
 from tidesim.policies import policy
-from tidesim.replay import routing
 from tidesim.simulator import simulate
 from tidesim.timing import timed, timed_by_sequence
 
@@ -24,14 +24,14 @@ def split(workload, ends):
 
 @settings(deadline=None, max_examples=60)
 @given(cases(), st.data(), st.sampled_from([1, 40, 1 << 24]))
-def test_times_are_those_of_runs_that_stop_there(case, data, part_counts):
+def test_times_are_those_of_runs_that_stop_there(case, data, window_cells):
     workload, model, machine, (name, params), budgets, used = case
     F = workload.num_forwards
     ends = sorted({F, *data.draw(st.lists(st.integers(1, F), max_size=3))})
     workload = split(workload, ends)
     kwargs = {"budget": budgets, "execution": used, "is_memory_checked": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "_PART_COUNTS", part_counts)
+        patch.setattr(windows, "WINDOW_CELLS", window_cells)
         result, times_ns = timed_by_sequence(workload, model, machine, make_policy(name, params), **kwargs)
     assert result == timed(workload, model, machine, make_policy(name, params), **kwargs)
     assert sum(times_ns) == result.makespan_ns

@@ -58,7 +58,8 @@ def moving_of(policy: Policy) -> Moving:
     """How `policy` moves experts. One that fetches some misses and leaves others to the host fetches."""
     if policy.miss_action != "host":
         return "fetch"
-    return "never" if policy.refresh_interval is None else "refresh"
+    is_refreshed = policy.refresh_interval is not None or policy.refresh_steps is not None
+    return "refresh" if is_refreshed else "never"
 
 
 def near_optimal(candidates: Iterable[Candidate], within: float = 0.02) -> list[Candidate]:

@@ -126,6 +126,8 @@ def to_tide(plan: Plan) -> Export:
         lost.append("Budgets that differ by layer: that code has one for all.")
     if len(set(plan.refresh_interval or ())) > 1:
         lost.append("Refresh intervals that differ by layer: that code has one for all.")
+    if plan.refresh_steps is not None:
+        lost.append("Refresh steps that are no multiples of an interval: that code knows nothing else.")
     if plan.policy != "tide-as-coded":
         lost.append(
             f"Policy {plan.policy!r}: that code refreshes by its own rule, on each block's first step at least."

@@ -14,6 +14,7 @@ from tidesim.policies import Policy, Shape
 from tidesim.residency import check_budgets, per_layer
 from tidesim.result import RunResult, one_or_each
 from tidesim.trace.fitting import how_to_fit
+from tidesim.windows import windows
 from tidesim.workload import Workload
 
 
@@ -81,6 +82,7 @@ class PaperRun:
             policy=policy.name,
             budget=one_or_each(self.budgets),
             refresh_interval=policy.refresh_interval,
+            refresh_steps=policy.refresh_steps,
             execution=self.execution.name,
             context=workload.context,
             hardware=self.hardware.name,
@@ -98,10 +100,13 @@ def check_counts(workload: Workload) -> None:
     """Raise InputError if the counts of `workload` do not fit its tokens and top-k, or there are none."""
     if not workload.num_forwards:
         raise InputError("the workload has no forward; record at least one sequence.")
-    num_rows = workload.tokens[:, None]
-    num_pairs = workload.counts.sum(axis=2, dtype=np.int64)
-    if (num_pairs != num_rows * workload.top_k).any() or (workload.counts.max(axis=2) > num_rows).any():
-        raise InputError("the counts of the workload do not fit its tokens and top-k; build it with Trace.workload().")
+    for span, counts in windows(workload.counts):
+        num_rows = workload.tokens[span, None]
+        num_pairs = counts.sum(axis=2, dtype=np.int64)
+        if (num_pairs != num_rows * workload.top_k).any() or (counts.max(axis=2) > num_rows).any():
+            raise InputError(
+                "the counts of the workload do not fit its tokens and top-k; build it with Trace.workload()."
+            )
 
 
 def copied(costs: Costs, num_in: int, num_out: int) -> dict[str, int]:

@@ -38,7 +38,7 @@ Letters: L MoE layers, E experts, K top-k, B block length.
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -118,19 +118,22 @@ def synthesize(
     num_sequences: int,
     prompt_tokens: int = 96,
     gen_length: int = 128,
+    kv_cache: bool = True,
     seed: int = 0,
     construction: Construction = DEFAULT,
     overwrite: bool = False,
     workers: int | None = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write a synthetic trace as an engine with a KV cache would have recorded it.
+    """Write a synthetic trace as an engine would have recorded it.
 
     Parameters
     ----------
     config : the network's Hugging Face config.json: layers, experts, top-k and block length.
     path : file to create; an existing file is refused unless `overwrite`.
     prompt_tokens, gen_length : tokens of prompts and answers, on average; an answer ends where a block does.
+    kv_cache : whether that engine keeps a KV cache. Without one every forward routes the whole prefix again, as in the
+        published TIDE code: the same routing in a file that grows with the square of the lengths.
     seed : fixes the trace, together with the other arguments; sequence i does not depend on `num_sequences`.
     workers : processes that draw sequences, see `Workers`; None for one per CPU, but fewer if there is little to do.
         The trace does not depend on it.
@@ -144,7 +147,7 @@ def synthesize(
     shape = MoEConfig.from_hf(config, model_name)
     rng = np.random.default_rng([seed, 0])
     popularity = rng.lognormal(sigma=construction.popularity_sd, size=(shape.num_layers, shape.num_experts))
-    setting = _Setting(shape, construction, popularity, rng.random(), seed, prompt_tokens, gen_length)
+    setting = _Setting(shape, construction, popularity, rng.random(), seed, prompt_tokens, gen_length, kv_cache)
     if workers is None:
         workers = min(os.cpu_count() or 1, -(-num_sequences // _SEQUENCES_A_PROCESS))
     with (
@@ -157,7 +160,7 @@ def synthesize(
             sampler={"construction": asdict(construction), "prompt_tokens": prompt_tokens, "gen_length": gen_length},
             seed=seed,
             origin="synthetic",
-            kv_cache=True,
+            kv_cache=kv_cache,
             is_private=True,
             overwrite=overwrite,
         ) as writer,
@@ -179,6 +182,7 @@ class _Setting:
     seed: int
     prompt_tokens: int
     gen_length: int
+    kv_cache: bool
 
 
 def _draw(setting: _Setting, number: int) -> SequenceRouting:
@@ -186,7 +190,8 @@ def _draw(setting: _Setting, number: int) -> SequenceRouting:
     rng = np.random.default_rng([setting.seed, 1 + number])
     router = _Router(setting.config, setting.construction, setting.popularity, rng)
     ease = setting.construction.ease_sd * _spread(setting.first_ease + number * _GOLDEN)
-    return _sequence(router, setting.prompt_tokens, setting.gen_length, ease)
+    sequence = _sequence(router, setting.prompt_tokens, setting.gen_length, ease)
+    return sequence if setting.kv_cache else _without_cache(sequence)
 
 
 def _check_at_least(least: int, **values: int) -> None:
@@ -306,6 +311,24 @@ def _sequence(router: _Router, prompt_tokens: int, gen_length: int, ease: float)
         forwards=forwards,
         expert_ids=np.concatenate(ids),
     )
+
+
+def _without_cache(sequence: SequenceRouting) -> SequenceRouting:
+    """The same recorded without a KV cache: denoise forwards alone, each with all rows that lie before its block."""
+    forwards: list[ForwardRouting] = []
+    ids: list[Ids] = []
+    prefix: list[Ids] = []
+    start = 0
+    for forward in sequence.forwards:
+        rows = sequence.expert_ids[start : start + forward.routed_tokens]
+        start += len(rows)
+        if forward.kind == ForwardKind.DENOISE:
+            num_rows = forward.context_tokens + forward.routed_tokens
+            forwards.append(replace(forward, context_tokens=0, routed_tokens=num_rows))
+            ids += [*prefix, rows]
+        else:
+            prefix.append(rows)
+    return replace(sequence, forwards=forwards, expert_ids=np.concatenate(ids))
 
 
 def _denoise(router: _Router, block: int, is_masked: Bools, ease: float) -> Iterator[_Step]:

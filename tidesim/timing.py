@@ -4,6 +4,7 @@ from functools import lru_cache
 from typing import Unpack
 
 import numpy as np
+import numpy.typing as npt
 
 from tidesim import replay
 from tidesim.hardware import Hardware
@@ -18,15 +19,21 @@ _KEPT_WORKLOADS = 4  # read for replay and not forgotten yet
 
 
 def timed(
-    workload: Workload, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]
+    workload: Workload,
+    model: MoEConfig,
+    hardware: Hardware,
+    policy: Policy,
+    *,
+    spent: npt.NDArray[np.int64] | None = None,
+    **settings: Unpack[RunSettings],
 ) -> RunResult:
-    """One run; `settings` are those that `simulate` and `replay` share.
+    """One run; `settings` are those that `simulate` and `replay` share, `spent` is as there.
 
     A profile whose device, host and copies slow each other down is for the simulator. Raise what `simulate` raises.
     """
     if replay.is_contended(hardware):
-        return simulate(workload, model, hardware, policy, **settings)
-    return _replayer(workload).run(model, hardware, policy, **settings)
+        return simulate(workload, model, hardware, policy, spent=spent, **settings)
+    return _replayer(workload).run(model, hardware, policy, spent=spent, **settings)
 
 
 def timed_by_sequence(
@@ -34,18 +41,13 @@ def timed_by_sequence(
 ) -> tuple[RunResult, tuple[int, ...]]:
     """One run as `timed` has it, and the ns that each of its sequences takes, in the order of the workload.
 
-    The run is cut where sequences end: who is resident stays so from one to the next, and the times add up to the
-    makespan. In a batch, sequences that run together are one.
+    Who is resident stays so from one sequence to the next, and the times add up to the makespan. In a batch, sequences
+    that run together are one.
     """
-    ends = [*(np.flatnonzero(np.diff(workload.sequence)) + 1).tolist(), workload.num_forwards]
-    if replay.is_contended(hardware):
-        # Nothing that comes later changes what was before, so a run that is stopped there takes as long as until there.
-        result = simulate(workload, model, hardware, policy, **settings)
-        before = (simulate(workload.first(end), model, hardware, policy, **settings) for end in ends[:-1])
-        times_ns = (*(run.makespan_ns for run in before), result.makespan_ns)
-    else:
-        result, times_ns = _replayer(workload).run_with_ends(ends, model, hardware, policy, **settings)
-    return result, tuple(np.diff(times_ns, prepend=0).tolist())
+    spent = np.zeros((workload.num_forwards, workload.num_layers + 1), np.int64)
+    result = timed(workload, model, hardware, policy, spent=spent, **settings)
+    begins = np.flatnonzero(np.diff(workload.sequence, prepend=-1))
+    return result, tuple(np.add.reduceat(spent.sum(axis=1), begins).tolist())
 
 
 @lru_cache(maxsize=_KEPT_WORKLOADS)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from tidesim.batches import Batches
 from tidesim.errors import TraceError
+from tidesim.windows import forget, taken, zeros
 
 Context = Literal["block", "full"]
 Ints = npt.NDArray[np.int64]
@@ -108,13 +109,40 @@ class Workload:
             return self
         if num_forwards < 1:
             raise ValueError(f"num_forwards(={num_forwards}) must be >= 1.")
-        cut = {name: getattr(self, name)[:num_forwards] for name in ("counts", *_OF_ONE, *_OF_ALL)}
+        return self._only(slice(0, num_forwards))
+
+    def answering(self, gen_length: int | None) -> Self:
+        """The same sequences with answers of at most `gen_length` tokens, in whole blocks; None changes nothing.
+
+        What comes later is left out, and `generated_tokens` shrinks in proportion to denoise forwards. `max_tokens` is
+        that of the longest prompt with such an answer, also where the answers here are shorter. Raise ValueError if
+        `gen_length` < 1, or if this workload is batched already.
+        """
+        if gen_length is None:
+            return self
+        if gen_length < 1:
+            raise ValueError(f"gen_length(={gen_length}) must be >= 1.")
+        if self.batch_size > 1:
+            raise ValueError("the workload is batched already; cut the one that it came from.")
+        denoise = np.flatnonzero(self.kind == ForwardKind.DENOISE)
+        first_block = np.zeros(int(self.sequence.max(initial=0)) + 1, np.int64)
+        # Each sequence's first denoising forward is written last.
+        first_block[self.sequence[denoise[::-1]]] = self.block[denoise[::-1]]
+        num_blocks = -(-gen_length // self.block_length)
+        is_kept = self.block < first_block[self.sequence] + num_blocks
+        is_start = np.isin(np.arange(self.num_forwards), denoise) & (self.block == first_block[self.sequence])
+        prompt_tokens = _most_tokens(self.tokens[is_start], self.context_tokens[is_start]) - self.block_length
+        return replace(self._only(is_kept), max_tokens=prompt_tokens + num_blocks * self.block_length)
+
+    def _only(self, part: slice | npt.NDArray[np.bool_]) -> Self:
+        """Some of the forwards."""
+        cut = {name: getattr(self, name)[part] for name in ("counts", *_OF_ONE, *_OF_ALL)}
         is_denoise = self.kind == ForwardKind.DENOISE
-        share = is_denoise[:num_forwards].sum() / max(1, is_denoise.sum())
+        share = is_denoise[part].sum() / max(1, is_denoise.sum())
         return replace(
             self,
             **cut,
-            lookahead=None if self.lookahead is None else self.lookahead[:num_forwards],
+            lookahead=None if self.lookahead is None else self.lookahead[part],
             generated_tokens=round(self.generated_tokens * share),
             num_sequences=min(self.num_sequences, self.batch_size * len(np.unique(cut["sequence"]))),
             max_tokens=self.max_tokens if self.batch_size > 1 else _most_tokens(cut["tokens"], cut["context_tokens"]),
@@ -215,6 +243,9 @@ def build_workload(
         segments, counts, tokens = _count(recording, context, chosen, is_mapped)
     except TraceError as error:
         raise TraceError(f"{recording.path}: {error}") from None
+    if is_mapped:
+        counts = counts.view()
+        counts.flags.writeable = False
     lookahead = _count_lookahead(recording, context, chosen) if has_lookahead else None
     is_denoise = segments.kind == ForwardKind.DENOISE
     first_block = recording.sequences["prompt_tokens"] // recording.block_length
@@ -263,17 +294,23 @@ def _count(recording: Recording, context: Context, chosen: Ints, is_narrow: bool
     """
     segments = recorded_segments(recording, chosen)
     if context == "full" and not recording.kv_cache:
-        counts: Counts = _counted(recording, recording.expert_ids, segments, recording.num_layers)
-        return segments, counts, segments.stop - segments.start
+        rows = segments.stop - segments.start
+        sizes = (recording.num_layers, recording.num_experts, _counts_dtype(recording, rows, is_narrow))
+        return segments, count_segments(recording.expert_ids, segments, *sizes), rows
     segments = block_segments(recording, segments)
     counts = block_counts(recording, segments, chosen)
     if context == "block":
         return segments, counts, segments.stop - segments.start
     rows = segments.stop - segments.start + segments.block * recording.block_length
-    most = recording.top_k * int(rows.max(initial=0))  # a row may name an expert twice
-    dtype = np.min_scalar_type(most) if is_narrow else np.dtype(np.int32)
+    dtype = _counts_dtype(recording, rows, is_narrow)
     denoise, counts = add_prefix(counts, segments, recording.block_length, dtype)
     return denoise, counts, rows[segments.kind == ForwardKind.DENOISE]
+
+
+def _counts_dtype(recording: Recording, rows: Ints, is_narrow: bool) -> np.dtype[Any]:
+    """What holds the counts of forwards with so many rows."""
+    most = recording.top_k * int(rows.max(initial=0))  # a row may name an expert twice
+    return np.min_scalar_type(most) if is_narrow else np.dtype(np.int32)
 
 
 def block_counts(recording: Recording, segments: "Segments", chosen: Ints) -> Counts:
@@ -290,10 +327,10 @@ def block_counts(recording: Recording, segments: "Segments", chosen: Ints) -> Co
     if not len(index) or index[-1] - index[0] + 1 == len(index):
         first = int(index[0]) if len(index) else 0
         return kept[first : first + len(index)]
-    return kept[index]
+    return taken(kept, index)
 
 
-def _counted(recording: Recording, read: ReadIds, segments: "Segments", num_layers: int) -> npt.NDArray[np.int32]:
+def _counted(recording: Recording, read: ReadIds, segments: "Segments", num_layers: int) -> Counts:
     return count_segments(read, segments, num_layers, recording.num_experts)
 
 
@@ -399,10 +436,15 @@ def _slice(
     )
 
 
-def count_segments(read: ReadIds, segments: Segments, num_layers: int, num_experts: int) -> npt.NDArray[np.int32]:
-    """Tokens with each expert in each segment, int32 [M, L, E], reading one window of rows [n, L, K] at a time."""
+def count_segments(
+    read: ReadIds, segments: Segments, num_layers: int, num_experts: int, dtype: npt.DTypeLike = np.int32
+) -> Counts:
+    """Tokens with each expert in each segment, [M, L, E], reading one window of rows [n, L, K] at a time.
+
+    They must fit `dtype`.
+    """
     L, E = num_layers, num_experts
-    counts = np.zeros((len(segments), L, E), np.int32)
+    counts = zeros((len(segments), L, E), dtype)
     layer = np.arange(L)[:, None]  # [L, 1]
     for lo, hi, start, stop in _windows(segments):
         row = np.arange(start, stop)
@@ -410,7 +452,9 @@ def count_segments(read: ReadIds, segments: Segments, num_layers: int, num_exper
         is_wanted = row < segments.stop[lo:hi][segment]
         ids = read(start, stop)[is_wanted].astype(np.int64)  # [n, L, K]
         key = (segment[is_wanted, None, None] * L + layer) * E + ids
-        counts[lo:hi] += np.bincount(key.ravel(), minlength=(hi - lo) * L * E).reshape(hi - lo, L, E)
+        found = np.bincount(key.ravel(), minlength=(hi - lo) * L * E).reshape(hi - lo, L, E)
+        np.add(counts[lo:hi], found, out=counts[lo:hi], casting="unsafe")
+        forget(counts, is_shared=True)
     return counts
 
 
@@ -463,11 +507,13 @@ def add_prefix(
             f"sequence {segments.sequence[i]}, block {segments.block[i]}: prefill and commit forwards hold {cached[i]} "
             f"of {want[i]} earlier rows, so the full context cannot be rebuilt; use context='block'."
         )
-    total = np.zeros((int(is_denoise.sum()), *counts.shape[1:]), dtype)
+    total = zeros((int(is_denoise.sum()), *counts.shape[1:]), dtype)
     prefix = np.zeros(counts.shape[1:], np.int32)
     done = 0
     for forward in range(len(segments)):
-        if first[forward] == forward:
+        if first[forward] == forward:  # a sequence begins
+            forget(counts)
+            forget(total, is_shared=True)
             prefix[:] = 0
         if is_denoise[forward]:
             np.add(prefix, counts[forward], out=total[done], casting="unsafe")

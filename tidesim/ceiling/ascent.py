@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tidesim.ceiling.paths import Paths, Prices, cheapest_paths
-from tidesim.ceiling.relaxation import Relaxation
+from tidesim.ceiling.relaxation import Relaxed
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 WINDOW = 10  # iterations from one look at the progress to the next
 PROGRESS = 3e-4  # relative rise within a window, below which the step is halved
@@ -51,7 +52,7 @@ class Ascent(NamedTuple):
     is_settled: bool
 
 
-def ascend(relaxation: Relaxation, slots: Floats, time_limit_s: float | None = None) -> Ascent:
+def ascend(relaxation: Relaxed, slots: Floats, time_limit_s: float | None = None) -> Ascent:
     """The best bound that is found within `time_limit_s`, or until it is settled; at least one iteration is made.
 
     `slots` is [L], or [1] if all layers share them.
@@ -74,7 +75,7 @@ def ascend(relaxation: Relaxation, slots: Floats, time_limit_s: float | None = N
     return Ascent(best, iteration, is_settled)
 
 
-def bound(relaxation: Relaxation, slots: Floats, multipliers: Multipliers) -> tuple[float, Multipliers]:
+def bound(relaxation: Relaxed, slots: Floats, multipliers: Multipliers) -> tuple[float, Multipliers]:
     """The bound that `multipliers` show, in ns, and its slopes."""
     prices = _prices(relaxation, multipliers)
     paths = cheapest_paths(relaxation, prices)
@@ -84,12 +85,12 @@ def bound(relaxation: Relaxation, slots: Floats, multipliers: Multipliers) -> tu
     return value, _slopes(relaxation, slots, multipliers, paths)
 
 
-def _weights(relaxation: Relaxation, side: Floats) -> tuple[Floats, Floats]:
+def _weights(relaxation: Relaxed, side: Floats) -> tuple[Floats, Floats]:
     """How much of the device's and of the host's time makes up a layer's, [F, L] each."""
     return (side, 1 - side) if relaxation.is_parallel else (np.ones_like(side), np.ones_like(side))
 
 
-def _prices(relaxation: Relaxation, multipliers: Multipliers) -> Prices:
+def _prices(relaxation: Relaxed, multipliers: Multipliers) -> Prices:
     side, link, slot = multipliers
     counted = 1 - link[:, None]
     on_device, on_host = _weights(relaxation, side)
@@ -97,15 +98,13 @@ def _prices(relaxation: Relaxation, multipliers: Multipliers) -> Prices:
     return Prices(counted * on_device, counted * on_host, copy, slot)
 
 
-def _slopes(relaxation: Relaxation, slots: Floats, multipliers: Multipliers, paths: Paths) -> Multipliers:
+def _slopes(relaxation: Relaxed, slots: Floats, multipliers: Multipliers, paths: Paths) -> Multipliers:
     """By how much what `paths` do breaks each of the limits; 0 for a multiplier that has no part in the prices."""
-    device = relaxation.device_fixed + np.einsum("fle,fle->fl", relaxation.device, paths.is_on_device)
-    host = relaxation.host_fixed + np.einsum("fle,fle->fl", relaxation.host, ~paths.is_on_device)
+    device, host = relaxation.device_fixed + paths.device, relaxation.host_fixed + paths.host
     on_device, on_host = _weights(relaxation, multipliers.side)
     forward = relaxation.dense + (on_device * device + on_host * host).sum(axis=1)
-    copies = relaxation.promote * np.count_nonzero(paths.is_copied, axis=2)
+    copies, residents = relaxation.promote * paths.num_copies, paths.num_residents
     on_side = 0 if relaxation.is_background else copies
-    residents = np.count_nonzero(paths.is_resident, axis=2)
     is_pooled = multipliers.slot.shape != residents.shape
     return Multipliers(
         side=((1 - multipliers.link[:, None]) * (device - host) + on_side) * relaxation.is_parallel,
@@ -140,34 +139,69 @@ class _Steps:
 # --- where the ascent begins ---
 
 
-def first_multipliers(relaxation: Relaxation, slots: Floats) -> tuple[Multipliers, Multipliers]:
+def first_multipliers(relaxation: Relaxed, slots: Floats) -> tuple[Multipliers, Multipliers]:
     """Where the ascent begins, and the scale of each multiplier.
 
     A slot is worth what an expert saves in its next use, spread over the forwards from its last use to there. With B
     slots their price is the worth of one to the expert that comes after the first B.
     """
-    F, L, _ = relaxation.host.shape
+    F, L, _ = relaxation.shape
     side = np.full((F, L), 0.1)
     link = np.full(F, 0.5 if relaxation.is_background and relaxation.promote else 0.0)
     prices = _prices(relaxation, Multipliers(side, link, np.zeros((F, len(slots)))))
-    saving = prices.host[:, :, None] * relaxation.host - prices.device[:, :, None] * relaxation.device
-    saving = np.clip(saving, 0, prices.copy[:, :, None])
-    slot = _next_best(_worth(saving), slots)
-    unit = SLOT_SCALE * max(float(slot.mean()), 1e-3 * float(saving.mean()))
+    slot, mean_saving = _first_slot_prices(relaxation, prices, slots)
+    unit = SLOT_SCALE * max(float(slot.mean()), 1e-3 * mean_saving)
     scales = (np.full_like(side, SIDE_SCALE), np.full_like(link, LINK_SCALE), np.full_like(slot, unit))
     return Multipliers(side, link, slot), Multipliers(*scales)
 
 
-def _worth(saving: Floats) -> Floats:
-    """What a slot is worth to each expert in the gap before each forward, [F, L, E]."""
-    F, is_used = len(saving), saving > 0
-    forward = np.arange(F)[:, None, None]
-    used = np.maximum.accumulate(np.where(is_used, forward, -1), axis=0)
-    last = np.concatenate([np.full_like(used[:1], -1), used[:-1]])
-    following = np.minimum.accumulate(np.where(is_used, forward, F)[::-1], axis=0)[::-1]
-    unused = np.zeros_like(saving[:1])
-    worth: Floats = np.take_along_axis(np.concatenate([saving, unused]), following, axis=0) / (following - last)
-    return worth
+def _first_slot_prices(relaxation: Relaxed, prices: Prices, slots: Floats) -> tuple[Floats, float]:
+    """[F, L] or [F, 1], and what an expert saves on the mean in a forward."""
+    F, L, E = relaxation.shape
+    slot, total = np.empty((F, len(slots))), 0.0
+    before = _last_uses(relaxation, prices)
+    following, worth = np.full((L, E), F), np.zeros((L, E))  # the next use, and what it saves
+    for number in reversed(range(len(relaxation.spans))):
+        span, saving = relaxation.spans[number], _saving(relaxation, prices, number)
+        total += float(saving.sum())
+        last = _uses_before(saving, before[number], span.start)
+        spread = np.empty_like(saving)
+        for place in range(len(saving) - 1, -1, -1):
+            is_used = saving[place] > 0
+            following, worth = np.where(is_used, span.start + place, following), np.where(is_used, saving[place], worth)
+            np.divide(worth, following - last[place], out=spread[place])
+        slot[span] = _next_best(spread, slots)
+    return slot, total / (F * L * E)
+
+
+def _saving(relaxation: Relaxed, prices: Prices, number: int) -> Floats:
+    """What it saves to have each expert on the device in the forwards of a part, at most what a copy costs."""
+    span, (device, host) = relaxation.spans[number], relaxation.part(number)
+    saving = prices.host[span, :, None] * host - prices.device[span, :, None] * device
+    saved: Floats = np.clip(saving, 0, prices.copy[span, :, None])
+    return saved
+
+
+def _last_uses(relaxation: Relaxed, prices: Prices) -> list[Ints]:
+    """For each part, the forward in which each expert was used last before it, [L, E]; -1 if never."""
+    last, uses = np.full(relaxation.shape[1:], -1), []
+    for number, span in enumerate(relaxation.spans):
+        uses.append(last)
+        saving = _saving(relaxation, prices, number)
+        is_used = saving > 0
+        latest = span.stop - 1 - np.argmax(is_used[::-1], axis=0)
+        last = np.where(is_used.any(axis=0), latest, last)
+    return uses
+
+
+def _uses_before(saving: Floats, last: Ints, start: int) -> Ints:
+    """The forward in which each expert was used last before each one of a part that begins at `start`, [f, L, E].
+
+    `last` [L, E] is that before the part.
+    """
+    forward = start + np.arange(len(saving))[:, None, None]
+    used = np.maximum.accumulate(np.where(saving > 0, forward, -1), axis=0)
+    return np.concatenate([last[None], np.maximum(used[:-1], last)])
 
 
 def _next_best(worth: Floats, slots: Floats) -> Floats:

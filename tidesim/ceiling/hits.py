@@ -13,6 +13,7 @@ from scipy.optimize import linprog
 
 from tidesim.errors import TidesimError
 from tidesim.residency import check_budgets, per_layer
+from tidesim.windows import windows
 from tidesim.workload import Workload
 
 Ints = npt.NDArray[np.int64]
@@ -36,7 +37,13 @@ def hit_ceiling(workload: Workload, budget: int | Sequence[int]) -> int:
     """
     budgets = per_layer(budget, workload.num_layers, "budget")
     check_budgets(budgets, workload.num_experts)
-    return sum(_layer_hits(workload.counts[:, layer], slots) for layer, slots in enumerate(budgets))
+    return sum(_layer_hits(_of_layer(workload, layer), slots) for layer, slots in enumerate(budgets))
+
+
+def _of_layer(workload: Workload, layer: int) -> npt.NDArray[np.int32]:
+    """The counts of one layer, [F, E]."""
+    counts = np.concatenate([workload.counts[:0, layer], *(part[:, layer] for _, part in windows(workload.counts))])
+    return counts.astype(np.int32, copy=False)
 
 
 def _layer_hits(counts: npt.NDArray[np.int32], slots: int) -> int:

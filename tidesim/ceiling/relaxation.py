@@ -7,17 +7,47 @@ not depend on which other experts are beside it. Where the time model is not a s
 launches that kernels hide, calls that many experts share), a linear bound from below stands in for it.
 """
 
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from tidesim.execution import Costs
+from tidesim.windows import forget, spans
 from tidesim.workload import Workload
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+
+_WINDOW_CELLS = 1 << 22  # that are relaxed at once: it takes a dozen arrays of floats
+_KEPT_BYTES = 1 << 30  # of the parts of a run; those beyond are reckoned anew each time
+
+
+class Relaxed(Protocol):
+    """A run as sums, a part of its forwards after another; see `Relaxation` for what is not explained here.
+
+    Parameters
+    ----------
+    shape : F, L, E. spans : the forwards of each part.
+    """
+
+    dense: Floats
+    device_fixed: Floats
+    host_fixed: Floats
+    promote: float
+    evict: float
+    is_parallel: bool
+    is_background: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def spans(self) -> list[slice]: ...
+
+    def part(self, number: int) -> tuple[Floats, Floats]:
+        """`Relaxation.device` and `host` of the forwards of a part."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +78,21 @@ class Relaxation:
     is_parallel: bool
     is_background: bool
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """F, L, E."""
+        F, L, E = self.host.shape
+        return F, L, E
+
+    @property
+    def spans(self) -> list[slice]:
+        """It is one part."""
+        return [slice(0, len(self.host))]
+
+    def part(self, number: int) -> tuple[Floats, Floats]:
+        """`device` and `host`."""
+        return self.device, self.host
+
     @classmethod
     def of(cls, workload: Workload, costs: Costs) -> Self:
         """The sums for `workload`, each of them at most what the run takes."""
@@ -74,6 +119,49 @@ class Relaxation:
         )
 
 
+class RelaxedRun:
+    """The relaxation of a run of any length; see `Relaxed`. What concerns single experts is kept while there is room.
+
+    No sum of a relaxation reaches from one forward to another, so each part is relaxed by itself.
+    """
+
+    def __init__(self, workload: Workload, costs: Costs) -> None:
+        self._workload, self._costs = workload, costs
+        self._kept: dict[int, tuple[Floats, Floats]] = {}
+        self._latest: tuple[int, tuple[Floats, Floats]] | None = None
+        F, L, E = workload.counts.shape
+        self.shape, self.spans = (F, L, E), spans(workload.counts.shape, _WINDOW_CELLS)
+        self.device_fixed, self.host_fixed = np.empty((F, L)), np.empty((F, L))
+        room = _KEPT_BYTES
+        for number, span in enumerate(self.spans):
+            relaxation = self._relax(span)
+            self.device_fixed[span], self.host_fixed[span] = relaxation.device_fixed, relaxation.host_fixed
+            room -= relaxation.device.nbytes + relaxation.host.nbytes
+            if room >= 0:
+                self._kept[number] = relaxation.part(0)
+        self.dense = _dense(workload, costs)
+        self.promote, self.evict = relaxation.promote, relaxation.evict
+        self.is_parallel, self.is_background = relaxation.is_parallel, relaxation.is_background
+
+    def part(self, number: int) -> tuple[Floats, Floats]:
+        """See `Relaxed`."""
+        if number in self._kept:
+            return self._kept[number]
+        if self._latest is None or self._latest[0] != number:
+            self._latest = None  # its memory is free before the next is reckoned
+            self._latest = number, self._relax(self.spans[number]).part(0)
+        return self._latest[1]
+
+    def _relax(self, span: slice) -> Relaxation:
+        workload = self._workload
+        names = ("counts", "tokens", "context_tokens", "attended_pairs", "logit_tokens")
+        relaxation = Relaxation.of(
+            replace(workload, **{name: getattr(workload, name)[span] for name in names}), self._costs
+        )
+        forget(workload.counts)
+        return relaxation
+
+
 def _dense(workload: Workload, costs: Costs) -> Floats:
     """Everything but the routed experts, [F]: known to the nanosecond."""
     rows = (workload.tokens, workload.context_tokens, workload.attended_pairs)
@@ -85,8 +173,7 @@ def _device(counts: npt.NDArray[np.int32], costs: Costs) -> tuple[Floats, Floats
     """Each expert's part of the resident experts' time, its time where it runs alone, and what all of them share."""
     is_active = counts > 0
     loop = costs.loop_ns[counts].astype(np.float64)
-    alone_table = np.array([sum(costs.alone_ns(ns)) for ns in costs.loop_ns.tolist()], np.float64)
-    alone = np.where(is_active, alone_table[counts], 0.0)
+    alone = costs.fetched_ns[counts].astype(np.float64)
     if costs.execution.kernels == "grouped":
         overhead_ns = costs.grouped_overhead_ns
         return (loop if costs.has_expert_curve else _grouped(counts, costs)), alone, overhead_ns

@@ -7,7 +7,7 @@ from math import floor
 import numpy as np
 
 from tidesim.ceiling.ascent import ascend
-from tidesim.ceiling.relaxation import Relaxation
+from tidesim.ceiling.relaxation import RelaxedRun
 from tidesim.errors import InputError
 from tidesim.execution import Costs
 from tidesim.residency import check_budgets, per_layer
@@ -82,7 +82,7 @@ def time_ceiling(
     check_budgets(budgets, workload.num_experts)
     _check_fit(workload, costs)
     slots = np.array([sum(budgets)] if is_pooled else budgets, np.float64)
-    found = ascend(Relaxation.of(workload, costs), slots, time_limit_s)
+    found = ascend(RelaxedRun(workload, costs), slots, time_limit_s)
     return Ceiling(
         makespan_ns=floor(found.bound_ns * (1 - _FLOAT_SLACK)),
         generated_tokens=workload.generated_tokens,

@@ -18,6 +18,7 @@ from tidesim.cli.app import (
     OverwriteFlag,
     PredictorOption,
     SeedOption,
+    StepsOfBlockOption,
     TimelineOption,
     app,
     chosen_policy,
@@ -147,6 +148,7 @@ def run(
     ] = None,
     budget: BudgetOption = None,
     refresh_interval: IntervalOption = None,
+    refresh_steps: StepsOfBlockOption = None,
     hardware: DecidingOption = None,
     corpus: CorpusOption = None,
     predictor: PredictorOption = None,
@@ -184,7 +186,7 @@ def run(
     sampler = Sampler(gen_length=gen_length, steps=steps, threshold=threshold, temperature=temperature)
     requests = [Prompt(text=prompt)] if prompt is not None else read_prompts(prompts, limit, chat)
     with _model(model, dummy_weights, layers, settings, seed) as live, decisions_file(decisions) as write_decision:
-        asked = _Asked(policy_name, budget, refresh_interval, hardware, corpus, predictor)
+        asked = _Asked(policy_name, budget, refresh_interval, refresh_steps, hardware, corpus, predictor)
         if plan is not None:
             choice = _planned(live, plan, asked)
         else:
@@ -401,6 +403,7 @@ class _Asked(NamedTuple):
     policy: str | None
     budget: str | None
     refresh_interval: int | None
+    refresh_steps: str | None
     hardware: str | None
     corpus: str | None
     predictor: str | None
@@ -431,7 +434,7 @@ def _by_hand(live: "LiveModel", asked: _Asked, how: Execution, routing: str | No
 
     is_foretold = asked.predictor not in (None, PREDICTORS[0])
     knowledge = Knowledge(workload=counted(routing, sequences) if is_foretold else None, corpus=counted(asked.corpus))
-    made = chosen_policy(asked.policy, asked.refresh_interval, asked.predictor, knowledge)
+    made = chosen_policy(asked.policy, asked.refresh_interval, asked.refresh_steps, asked.predictor, knowledge)
     slots = live.sizes.num_experts if asked.budget is None else numbers(asked.budget, "budget")
     hardware = None if asked.hardware is None else load_hardware(asked.hardware)
     return by_hand(made, slots, how, live, hardware)

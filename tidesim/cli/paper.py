@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from tidesim import console, replay
@@ -26,6 +27,7 @@ from tidesim.cli.app import (
     PredictorOption,
     ReserveOption,
     SeedOption,
+    StepsOfBlockOption,
     TimelineOption,
     TraceOption,
     WeightBitsOption,
@@ -65,9 +67,12 @@ def inspect(
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Print the shape of a trace and the statistics of its routing, beside published figures."""
+    """Print the shape of a trace, statistics of its routing beside published figures, and what a cache would hit."""
     with Trace.open(file) as opened:
         document = {"trace": _trace_header(opened), "statistics": trace_statistics(opened).to_dict(), "seed": seed}
+        with_forwards = np.flatnonzero(opened.sequences["num_forwards"]).tolist()
+        parts = (opened.workload("block", [sequence], is_mapped=True) for sequence in with_forwards)
+        document["lru_hits_and_copies"] = replay.lru_curve(parts).to_dict()
     console.show(document, console.statistics_tables, as_json)
 
 
@@ -78,6 +83,9 @@ def synthesize(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences to make.")] = 16,
     gen_length: Annotated[int, typer.Option(min=1, help="Tokens generated in each, on average.")] = 128,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, on average.")] = 96,
+    no_kv_cache: Annotated[
+        bool, typer.Option("--no-kv-cache", help="Route the whole prefix in every forward.")
+    ] = False,
     workers: WorkersOption = None,
     overwrite: OverwriteFlag = False,
     seed: SeedOption = 0,
@@ -93,6 +101,7 @@ def synthesize(
             num_sequences=sequences,
             gen_length=gen_length,
             prompt_tokens=prompt_tokens,
+            kv_cache=not no_kv_cache,
             seed=seed,
             overwrite=overwrite,
             workers=workers,
@@ -110,6 +119,7 @@ def simulate(
     model: ModelOption = None,
     budget: BudgetOption = None,
     refresh_interval: IntervalOption = None,
+    refresh_steps: StepsOfBlockOption = None,
     corpus: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +152,8 @@ def simulate(
     if corpus is not None:
         with Trace.open(corpus) as opened:
             learnt = _workload(opened, sizes, how.context).batched(batch)
-    made = chosen_policy(policy_name, refresh_interval, predictor, Knowledge(workload=workload, corpus=learnt))
+    knowledge = Knowledge(workload=workload, corpus=learnt)
+    made = chosen_policy(policy_name, refresh_interval, refresh_steps, predictor, knowledge)
     reserve = reserve_bytes(reserve_gib)
     if budget is None:
         slots: int | list[int] = _default_budget(made, sizes, machine, how, workload, reserve)
@@ -279,9 +290,8 @@ def compare(
 
 def _workload(opened: Trace, sizes: MoEConfig, context: Context, sequences: Sequence[int] | None = None) -> Workload:
     """The workload of some sequences, all by default, tiled to the layers of the model whose sizes are used, with its
-    look-ahead if it was recorded; of all sequences, the counts are mapped, as there may be many."""
-    is_mapped = sequences is None
-    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead, is_mapped=is_mapped)
+    look-ahead if it was recorded; counts are mapped, as there may be many."""
+    workload = opened.workload(context, sequences, has_lookahead=opened.has_lookahead, is_mapped=True)
     return workload.tiled(sizes.num_layers)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +14,14 @@ from tidesim.comparison.warnings import warnings_about
 from tidesim.errors import BudgetError, InputError
 from tidesim.execution import EXECUTIONS, Costs, Execution, check_memory
 from tidesim.hardware import Hardware
+from tidesim.lending import Lent
 from tidesim.moe import MoEConfig
-from tidesim.planner.candidates import distinct_intervals
+from tidesim.planner.candidates import distinct_intervals, spread
 from tidesim.policies import Policy
 from tidesim.policies.knowledge import Knowledge
 from tidesim.result import RunResult
 from tidesim.timing import timed
+from tidesim.windows import windows
 from tidesim.workers import Progress, Workers
 from tidesim.workload import Context, Workload
 
@@ -120,8 +122,6 @@ class Comparison:
 class _Course:
     """What all runs under one execution share; `hindsight` [L, E] is what the host would take for an expert, ns."""
 
-    workload: Workload
-    corpus: Workload
     costs: Costs
     hindsight: npt.NDArray[np.int64]
 
@@ -129,15 +129,21 @@ class _Course:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Setting:
     """What all runs of a comparison share. `courses` has one for each execution by name; that of None is for those that
-    have none of their own."""
+    have none of their own. `workloads` has those of each context, and `corpora` what is known before."""
 
     courses: Mapping[str | None, _Course]
+    workloads: Mapping[str, Workload]
+    corpora: Mapping[str, Workload]
     model: MoEConfig
     hardware: Hardware
     budget: int
     seed: int
     reserve_bytes: int | None
     is_memory_checked: bool
+
+    def workload(self, execution: str | None) -> Workload:
+        """What runs under an execution."""
+        return self.workloads[self.courses[execution].costs.execution.context]
 
 
 class _Outcome(NamedTuple):
@@ -206,6 +212,8 @@ def compare(
     )
     setting = _Setting(
         courses=_courses(who, execution, known, model, hardware),
+        workloads={context: one for context, (one, _) in known.items()},
+        corpora={context: other for context, (_, other) in known.items()},
         model=model,
         hardware=hardware,
         budget=budget,
@@ -235,10 +243,7 @@ def slots_left(budget: int, scratch: int, num_layers: int) -> tuple[int, ...] | 
     What does not divide evenly goes to the first layers.
     """
     total = budget * num_layers - scratch
-    if total < 0:
-        return None
-    each, more = divmod(total, num_layers)
-    return tuple(each + (layer < more) for layer in range(num_layers))
+    return spread(total, num_layers) if total >= 0 else None
 
 
 # --- the runs ---
@@ -254,14 +259,16 @@ def _courses(
     """A course for each execution that somebody runs under; `known` has workload and corpus by context."""
     own = [one.execution for one in who if one.execution is not None]
     hows: dict[str | None, Execution] = {None: execution} | {name: EXECUTIONS[name] for name in own}
-    return {name: _course(*known[how.context], model, hardware, how) for name, how in hows.items()}
+    return {name: _course(known[how.context][0], model, hardware, how) for name, how in hows.items()}
 
 
-def _course(workload: Workload, corpus: Workload, model: MoEConfig, hardware: Hardware, how: Execution) -> _Course:
+def _course(workload: Workload, model: MoEConfig, hardware: Hardware, how: Execution) -> _Course:
     """What there is to know and how long things take, under one execution."""
     costs = Costs(model, hardware, how, int(workload.tokens.max()))
-    hindsight = costs.host_expert_ns[workload.counts].sum(axis=0)
-    return _Course(workload=workload, corpus=corpus, costs=costs, hindsight=hindsight)
+    hindsight = np.zeros(workload.counts.shape[1:], np.int64)
+    for _, counts in windows(workload.counts):
+        hindsight += costs.host_expert_ns[counts].sum(axis=0)
+    return _Course(costs=costs, hindsight=hindsight)
 
 
 def _outcomes(
@@ -269,7 +276,11 @@ def _outcomes(
 ) -> list[_Outcome]:
     """One for each contender."""
     outcomes = []
-    with Workers(setting, workers) as pool:
+    with (
+        Lent(setting.workloads) as workloads,
+        Lent(setting.corpora) as corpora,
+        Workers(replace(setting, workloads=workloads, corpora=corpora), workers) as pool,
+    ):
         for outcome in pool.map(_run, who):
             outcomes.append(outcome)
             if progress is not None:
@@ -279,39 +290,42 @@ def _outcomes(
 
 def _run(setting: _Setting, contender: Contender) -> _Outcome:
     """Simulate one contender."""
-    course = setting.courses[contender.execution]
+    course, workload = setting.courses[contender.execution], setting.workload(contender.execution)
     try:
         if setting.is_memory_checked:
             how = course.costs.execution
-            _check_memory(setting.model, setting.hardware, how, setting.budget, course.workload, setting.reserve_bytes)
-        made = _made(course, contender)
+            _check_memory(setting.model, setting.hardware, how, setting.budget, workload, setting.reserve_bytes)
+        made = _made(setting, contender)
         scratch = made.scratch_experts(setting.model.num_experts)
         budgets = slots_left(setting.budget, scratch, setting.model.num_layers)
         if budgets is None:
             total = setting.budget * setting.model.num_layers
             return _Outcome(None, reason=f"its scratch memory of {scratch} experts exceeds the {total} slots")
-        result = _simulated(setting, course, made, budgets)
+        result = _simulated(setting, workload, course.costs.execution, made, budgets)
     except (BudgetError, InputError) as error:
         return _Outcome(None, reason=str(error))
     return _Outcome(result, made.scope == "network", scratch, made.is_routing_only)
 
 
-def _made(course: _Course, contender: Contender) -> Policy:
+def _made(setting: _Setting, contender: Contender) -> Policy:
     """The contender's policy."""
-    params = dict(contender.params)
+    course, params = setting.courses[contender.execution], dict(contender.params)
     if params.get("popularity") == "hindsight":
         params["popularity"] = course.hindsight
-    return Knowledge(workload=course.workload, corpus=course.corpus).make(contender.policy, params)
+    corpus = setting.corpora[course.costs.execution.context]
+    return Knowledge(workload=setting.workload(contender.execution), corpus=corpus).make(contender.policy, params)
 
 
-def _simulated(setting: _Setting, course: _Course, made: Policy, budgets: tuple[int, ...]) -> RunResult:
+def _simulated(
+    setting: _Setting, workload: Workload, how: Execution, made: Policy, budgets: tuple[int, ...]
+) -> RunResult:
     return timed(
-        course.workload,
+        workload,
         setting.model,
         setting.hardware,
         made,
         budget=budgets,
-        execution=course.costs.execution,
+        execution=how,
         seed=setting.seed,
         is_memory_checked=False,
     )
@@ -330,24 +344,24 @@ def _compared(
     has_own_executions: bool,
 ) -> Comparison:
     """The runs beside their ceilings; a batch no longer tells which `sequences` are in it."""
-    shared = setting.courses[None]
+    how, workload = setting.courses[None].costs.execution, setting.workload(None)
     ceilings = _ceilings(setting, who, outcomes)
     rows = _rows(who, outcomes, ceilings)
     return Comparison(
         rows=rows,
         left_out={one.name: outcome.reason for one, outcome in zip(who, outcomes, strict=True) if outcome.reason},
-        execution=shared.costs.execution,
+        execution=how,
         has_own_executions=has_own_executions,
         ceiling=ceilings[None, False],
         pooled_ceiling=ceilings[None, True],
-        most_hits=hit_ceiling(shared.workload, setting.budget),
-        num_pairs=int(shared.workload.counts.sum(dtype=np.int64)),
+        most_hits=hit_ceiling(workload, setting.budget),
+        num_pairs=sum(int(counts.sum(dtype=np.int64)) for _, counts in windows(workload.counts)),
         budget=setting.budget,
         sequences=sequences,
         corpus=corpus,
-        batch_size=shared.workload.batch_size,
+        batch_size=workload.batch_size,
         warnings=warnings_about(
-            [(course.workload, course.costs) for course in setting.courses.values()],
+            [(setting.workload(name), course.costs) for name, course in setting.courses.items()],
             setting.budget,
             [row.result for row in rows],
             has_own_executions=has_own_executions,
@@ -363,7 +377,7 @@ def _ceilings(
     needed = dict.fromkeys([(None, False), (None, True), *ran])
     return {
         (name, is_pooled): time_ceiling(
-            setting.courses[name].workload, setting.courses[name].costs, setting.budget, is_pooled=is_pooled
+            setting.workload(name), setting.courses[name].costs, setting.budget, is_pooled=is_pooled
         )
         for name, is_pooled in needed
     }

@@ -7,6 +7,7 @@ import numpy as np
 from tidesim.execution import Costs
 from tidesim.hardware import Hardware
 from tidesim.result import RunResult
+from tidesim.windows import windows
 from tidesim.workload import Workload
 
 # A resource that is busy for this share of the time decides how long everything takes.
@@ -43,7 +44,7 @@ def warnings_about(
 
 def _small_budget(workload: Workload, budget: int) -> Iterator[str]:
     """A budget below what a forward touches: a cache that fetches all misses evicts what it will need next."""
-    active = np.count_nonzero(workload.counts, axis=2)  # [F, L]
+    active = np.concatenate([np.count_nonzero(counts, axis=2) for _, counts in windows(workload.counts)])  # [F, L]
     share = float(np.mean(active > budget))
     if share > 0.5:
         yield (
@@ -75,7 +76,7 @@ def _beyond_curves(workload: Workload, costs: Costs) -> Iterator[str]:
     head_rows = workload.tokens if execution.logits == "all" else workload.logit_tokens
     reach = {"device.dense_curve": int(workload.tokens.max()), "device.head_curve": int(head_rows.max())}
     if costs.model.weight_bits == 16:
-        reach |= dict.fromkeys(_EXPERT_CURVES, int(workload.counts.max()))
+        reach |= dict.fromkeys(_EXPERT_CURVES, max(int(counts.max()) for _, counts in windows(workload.counts)))
     elif any(path in hardware.curves for path in _EXPERT_CURVES):
         yield (
             f"{hardware.name} was measured with weights of 16 bits, and experts of {costs.model.weight_bits} bits go "

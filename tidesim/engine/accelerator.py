@@ -1,6 +1,7 @@
 """Any device that `torch.accelerator` reports: streams, events, and copies from pinned host memory.
 
-Promotions queue up on a stream beside the one that computes. Resident experts run as one grouped product per matrix.
+Promotions queue up on a stream beside the one that computes. Resident experts run as one grouped product per matrix,
+and so do fetched ones whose copies are under way at once.
 A call to the device takes the host longer than most kernels run, so there are few: copies that are begun together wait
 for one event, indices travel in one piece, and memory and events are used again from layer to layer.
 
@@ -67,10 +68,9 @@ class _Copies(NamedTuple):
 
 
 class _Missed(NamedTuple):
-    """Work under way on the host, the event that its rows wait for, and which pairs it is about."""
+    """Work under way on the host, and which pairs it is about."""
 
     done: Future[None]
-    rows_sent: Any
     runs: list[slice]
 
 
@@ -84,6 +84,8 @@ class AcceleratorBackend:
     calls : the device.
     is_detailed : keep what the host did in `spans`, for a timeline; copies are the device's own and not seen.
     """
+
+    is_async = True
 
     def __init__(
         self,
@@ -106,7 +108,9 @@ class AcceleratorBackend:
         self._on_device: dict[str, Tensor] = {}
         self.slabs: list[Tensor] = []
         self._slabs: list[_Slab] = []
+        self._may_miss = True
         self._layout: _Layout | None = None
+        self._num_groups = 0  # of fetched experts in this layer
 
     # --- slots and copies ---
 
@@ -115,6 +119,7 @@ class AcceleratorBackend:
         D, width = self._config.hidden_size, self._config.moe_intermediate_size
         shapes = [(num_slots, expert_numel(self._config)) for num_slots in slabs]
         self.slabs = [torch.empty(shape, dtype=self._weights.dtype, device=self._calls.device) for shape in shapes]
+        self._may_miss = sum(slabs[:-1]) < sum(map(len, self._weights.layers))
         self._slabs = [
             _Slab(
                 slab.unbind(),
@@ -124,15 +129,16 @@ class AcceleratorBackend:
             for slab in self.slabs
         ]
 
-    def copy(self, places: Sequence[Place]) -> list[_Arrival]:
+    def copy(self, places: Sequence[Place], is_free: bool = False) -> list[_Arrival]:
         """See `offload.Backend`. An arrival is an event of the copy stream."""
         self._look_at_copies()
         if not places:
             return []
         calls, events, stream, pieces = self._calls, self._events, self._copy_stream, self._weights.pieces
-        begun = events.record(self._stream)
-        calls.wait(stream, begun)
-        events.give_back([begun])  # the copy stream waits for what the event stood for when it was told to
+        if not is_free:
+            begun = events.record(self._stream)
+            calls.wait(stream, begun)
+            events.give_back([begun])  # the copy stream waits for what the event stood for when it was told to
         copies = _Copies(events.record(stream), [])
         with calls.on(stream):
             for layer, expert, slab, slot in places:
@@ -161,12 +167,15 @@ class AcceleratorBackend:
 
     # --- computing ---
 
-    def ids_on_host(self, expert_ids: Tensor) -> Ints:
-        """See `offload.Backend`."""
-        self._layout = None
+    def ids_on_host(self, x: Tensor, expert_ids: Tensor) -> tuple[Ints, Any]:
+        """See `offload.Backend`. Where an expert may be missed, the rows follow: all of them, as picking some takes
+        longer, and while this thread has nothing else to do."""
+        known, self._layout, self._num_groups = self.stamp(), None, 0
+        if self._may_miss:
+            self._room(self._pinned, "x", tuple(x.shape), torch.float32).copy_(x.float(), non_blocking=True)
         self._calls.finish(self._stream)
         ids: Ints = expert_ids.cpu().numpy()
-        return ids
+        return ids, known
 
     def run_residents(self, slab: int, batch: Batch) -> None:
         """See `offload.Backend`."""
@@ -175,14 +184,32 @@ class AcceleratorBackend:
             _, gate_up, down = self._slabs[slab]
             run_grouped(batch.x, tokens[: batch.num_hits], gate_up, down, ends, self._on_device["outputs"])
 
-    def run_fetched(self, batch: Batch, expert: int, slab: int, slot: int) -> None:
-        """See `offload.Backend`."""
-        first = batch.pairs.first
-        pairs = slice(int(first[batch.num_slots + expert]), int(first[batch.num_slots + expert + 1]))
-        rows = batch.x.index_select(0, self._lay_out(batch).tokens[pairs])
-        _, gate_up, down = self._slabs[slab]
-        gate, up = torch.mm(rows, gate_up[slot]).chunk(2, dim=-1)
-        self._on_device["outputs"][pairs] = torch.mm(functional.silu(gate) * up, down[slot])
+    def run_fetched(self, batch: Batch, places: Sequence[Place]) -> None:
+        """See `offload.Backend`. Those of one slab run together."""
+        self._lay_out(batch)
+        for slab in sorted({place.slab for place in places}):
+            group = sorted((place.slot, place.expert) for place in places if place.slab == slab)
+            rows = self._fetched_rows(batch, np.array(group, np.int64), len(self.slabs[slab]))
+            _, gate_up, down = self._slabs[slab]
+            product = expert_products(batch.x.index_select(0, rows.tokens), gate_up, down, rows.ends)
+            self._on_device["outputs"].index_copy_(0, rows.places, product.float())
+
+    def _fetched_rows(self, batch: Batch, group: Ints, num_slots: int) -> _Layout:
+        """Where the pairs of a group of fetched experts, rows (slot, expert) by slot, stand; on the device.
+
+        Each group of a layer has pinned memory of its own, as the one before it may still be on its way.
+        """
+        first, keys, num_pairs = batch.pairs.first, batch.num_slots + group[:, 1], len(batch.pairs.tokens)
+        begins, ends = first[keys], first[keys + 1]
+        places = np.concatenate([np.arange(*run) for run in zip(begins.tolist(), ends.tolist(), strict=True)])
+        n, name = len(places), f"group {self._num_groups}"
+        self._num_groups += 1
+        numbers = self._room(self._pinned, name, (2 * num_pairs + num_slots,), torch.long)[: 2 * n + num_slots]
+        per_slot = np.bincount(group[:, 0], weights=ends - begins, minlength=num_slots)
+        np.concatenate((places, batch.pairs.tokens[places], np.cumsum(per_slot)), out=numbers.numpy(), casting="unsafe")
+        there = numbers.to(self._calls.device, non_blocking=True)
+        at, tokens, slot_ends = torch.split(there, [n, n, num_slots])
+        return _Layout(tokens, at, slot_ends.int())
 
     def _lay_out(self, batch: Batch) -> _Layout:
         """The batch's indices on the device, and room for its outputs; made once for each layer."""
@@ -198,29 +225,23 @@ class AcceleratorBackend:
         return self._layout
 
     def start_missed(self, layer: int, batch: Batch, experts: Ints) -> _Missed:
-        """See `offload.Backend`. All rows of the forward travel, as picking some takes longer; and to memory that is
-        kept, as new memory is handed over page by page."""
+        """See `offload.Backend`. The rows are on the host already. Results go to memory that is kept, as new memory is
+        handed over page by page."""
         self._lay_out(batch)
         T, P, D = len(batch.x), len(batch.pairs.tokens), self._config.hidden_size
-        sent = self._room(self._pinned, "sent", (T, D), batch.x.dtype)
-        sent.copy_(batch.x, non_blocking=True)
-        rows_sent = self._events.record(self._stream)
         x = self._room(self._pinned, "x", (T, D), torch.float32)
         outputs = self._room(self._pinned, "outputs", (P, D), torch.float32)
 
         def run() -> None:
-            rows_sent.synchronize()
-            x.copy_(sent)
             at, width, keys = self._weights.at[layer].of(experts), self._config.moe_intermediate_size, batch.num_slots
             arrays = (x.numpy(), batch.pairs, keys + experts, at, self._like, width, outputs.numpy())
             self._host_cores.run_experts(*arrays)
 
-        return _Missed(self._host.submit("experts", layer, run), rows_sent, batch.runs_of(experts))
+        return _Missed(self._host.submit("experts", layer, run), batch.runs_of(experts))
 
     def finish_missed(self, started: _Missed) -> None:
         """See `offload.Backend`."""
         started.done.result()
-        self._events.give_back([started.rows_sent])
         for pairs in started.runs:
             self._on_device["outputs"][pairs].copy_(self._pinned["outputs"][pairs], non_blocking=True)
 
@@ -271,8 +292,13 @@ def run_grouped(x: Tensor, tokens: Tensor, gate_up: Tensor, down: Tensor, ends: 
     """Experts in slots on rows of x [T, D]: those of `tokens` [n], sorted by slot, of which slot i has the last at
     ends[i] - 1. Results go into the first n rows of `out` [P, D] float32; gate_up [B, D, 2 I], down [B, I, D].
     """
-    gate, up = grouped_product(x.index_select(0, tokens), gate_up, ends).chunk(2, dim=-1)  # [n, I] each
-    out[: len(tokens)].copy_(grouped_product(functional.silu(gate) * up, down, ends))
+    out[: len(tokens)].copy_(expert_products(x.index_select(0, tokens), gate_up, down, ends))
+
+
+def expert_products(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+    """Experts in slots on rows [n, D] that are sorted by slot, see `run_grouped`; [n, D]."""
+    gate, up = grouped_product(rows, gate_up, ends).chunk(2, dim=-1)  # [n, I] each
+    return grouped_product(functional.silu(gate) * up, down, ends)
 
 
 def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

@@ -71,17 +71,20 @@ class Backend(Protocol):
     Attributes
     ----------
     spans : what its workers did, if it was asked to keep that.
+    is_async : whether what is begun on the device is not waited for, so that the calling thread goes on beside it.
     """
 
     spans: list[Span] | None
+    is_async: bool
 
     def open_slots(self, slabs: Sequence[int]) -> None:
         """Set up slabs of so many empty slots each."""
 
-    def copy(self, places: Sequence[Place]) -> Sequence[Any]:
+    def copy(self, places: Sequence[Place], is_free: bool = False) -> Sequence[Any]:
         """Begin to copy experts into their slots, one after another, behind all copies begun before; their arrivals.
 
-        What was begun on the device before may still use the slots: the copies wait for that.
+        What was begun on the device before may still use the slots, and the copies wait for that; unless the slots are
+        free: nothing uses them that was begun since `ids_on_host`.
         """
 
     def has_arrived(self, arrival: Any) -> bool:
@@ -90,14 +93,15 @@ class Backend(Protocol):
     def wait_for(self, arrival: Any) -> None:
         """Have the device do nothing more until a copy is done. Raise what the copy raised."""
 
-    def ids_on_host(self, expert_ids: Tensor) -> Ints:
-        """The choices [T, K] of a forward, on the host; waits until the device has made them and all before."""
+    def ids_on_host(self, x: Tensor, expert_ids: Tensor) -> tuple[Ints, Any]:
+        """The choices [T, K] of a forward for its rows x [T, D], on the host, and the stamp of when the device had made
+        them; waits for that, and for all before."""
 
     def run_residents(self, slab: int, batch: Batch) -> None:
         """Run the experts in `batch.used_slots` of a slab on their pairs, all at once."""
 
-    def run_fetched(self, batch: Batch, expert: int, slab: int, slot: int) -> None:
-        """Run on the device one expert that `batch` holds as missed and that now lies in a slot."""
+    def run_fetched(self, batch: Batch, places: Sequence[Place]) -> None:
+        """Run on the device experts that `batch` holds as missed and that now lie in slots."""
 
     def start_missed(self, layer: int, batch: Batch, experts: Ints) -> Any:
         """Begin to run `experts`, all or some of `batch.missed`, away from the device."""

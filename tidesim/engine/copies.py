@@ -78,15 +78,15 @@ class Copies:
     def begin(self, num_done: int) -> None:
         """Begin the copies that may begin when so many parts of the layer have run."""
         waiting = (self.fetched + self._ahead)[len(self.arrivals) :]
-        self._begin([copy.place for copy in takewhile(lambda copy: copy.due <= num_done, waiting)])
+        self._begin([copy.place for copy in takewhile(lambda copy: copy.due <= num_done, waiting)], not num_done)
 
     def begin_one(self) -> Any:
         """Begin the next copy; its arrival."""
-        self._begin([(self.fetched + self._ahead)[len(self.arrivals)].place])
+        self._begin([(self.fetched + self._ahead)[len(self.arrivals)].place], is_free=False)
         return self.arrivals[-1]
 
-    def _begin(self, places: Sequence[Place]) -> None:
-        for place, arrival in zip(places, self._backend.copy(places), strict=True):
+    def _begin(self, places: Sequence[Place], is_free: bool) -> None:
+        for place, arrival in zip(places, self._backend.copy(places, is_free), strict=True):
             is_own = len(self.arrivals) < len(self.fetched)
             self.arrivals.append(arrival)
             has_rows = place.layer == self._layer and self._counts[place.expert] > 0

@@ -44,6 +44,7 @@ def measured_result(
         policy=offload.policy.name,
         budget=one_or_each(offload.budgets),
         refresh_interval=offload.policy.refresh_interval,
+        refresh_steps=offload.policy.refresh_steps,
         execution=execution.name,
         context=execution.context,
         hardware=machine,

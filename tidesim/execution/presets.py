@@ -23,6 +23,9 @@ class Execution:
     copies_per_expert : copies that one expert takes; each pays the link's latency.
     write_back : whether an evicted expert is copied to the host, though its weights never change.
     kernels : "loop" runs the resident experts one by one, "grouped" all of a layer in one kernel.
+    fetched : how experts that come in the background run on a device with grouped kernels and asynchronous launches:
+        each "alone" when it is there, or "together" with those whose copies are under way at once, so that beginning
+        them hides behind the copies.
     host : whether missed experts run on the host after the layer's device part ("serial") or beside it ("parallel").
     host_calls : whether the host is called, and rows are copied, once per missed "expert" or once per "layer".
     activation_bytes : of each number of the hidden states that travel to the host and back.
@@ -39,6 +42,8 @@ class Execution:
     ops_per_forward : ops outside the layers (embedding, final norm, lm_head, sampling).
     graph_kernels_per_layer, graph_kernels_per_dense_layer, graph_kernels_per_forward : kernels besides these ops that
         the host begins many at a time, as a graph captured before; each takes what a bare launch does, if not longer.
+        That is the device's own time, and the host begins the ops of a layer when it knows what came of its graph, so
+        that they hide behind none of it.
 
     Raise ValueError if evicted experts were to be written back to a disk, which has them still.
     """
@@ -62,6 +67,7 @@ class Execution:
     ops_per_dense_layer: int
     ops_per_expert: int
     ops_per_forward: int
+    fetched: Literal["alone", "together"] = "alone"
     graph_kernels_per_layer: int = 0
     graph_kernels_per_dense_layer: int = 0
     graph_kernels_per_forward: int = 0
@@ -154,8 +160,7 @@ _OVERLAPPED = Execution(
 # What the host begins or does one by one, in tidesim/engine/accelerator.py, offload.py, generate.py:
 #   layer: graph 1, wait for the ids 1, counts and sort 2, indices 1, gather, weighted sum and its copy 3, policy and
 #     books 2, stamps of time 4 = 14; a dense layer is in the graph of the first of them
-#   one fetched expert: its copy and arrival 2, wait 1, gather of its rows 1, products 2, SiLU, multiply, its outputs
-#     copied 1, stamps 2 = 11
+#   one fetched expert: its copy and arrival 2, wait 1, its part of a group's indices and products 2 = 5
 #   sampling: is a mask left 2, number of masks 2 (each a reduction and its copy to the host); mask token's logit 1,
 #     softmax, best, gather = 3, confidences of masks 3, accept 9 (where too few are above the threshold), write 2,
 #     masks left 2, number accepted 2 = 26
@@ -168,8 +173,9 @@ _ENGINE = replace(
     launch="eager",
     ops_per_layer=14,
     ops_per_dense_layer=0,
-    ops_per_expert=11,
+    ops_per_expert=5,
     ops_per_forward=34,
+    fetched="together",
     graph_kernels_per_layer=44,
     graph_kernels_per_dense_layer=23,
     graph_kernels_per_forward=16,
@@ -187,6 +193,7 @@ _EMULATED = replace(
     name="emulated",
     activation_bytes=4,
     is_async=False,
+    fetched="alone",
     ops_per_layer=22,
     ops_per_dense_layer=13,
     ops_per_expert=6,

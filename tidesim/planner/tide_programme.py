@@ -165,8 +165,8 @@ def measure(workload: Workload, costs: Costs, policy: Policy, budget: int, num_l
 
     The wanted set of a step is who is resident after it under `policy`; no clock is needed to know that.
     """
-    ages = replay.ages_of(workload, policy, (budget,) * workload.num_layers, costs, num_lags)
-    return Samples(ages.num_pairs, ages.replaced, ages.missed, ages.late_ns, budget)
+    drift = replay.drift_of(workload, policy, (budget,) * workload.num_layers, costs, num_lags)
+    return Samples(drift.num_pairs, drift.replaced, drift.missed, drift.late_ns, budget)
 
 
 def lags_of(points: Points) -> tuple[Lag, ...]:

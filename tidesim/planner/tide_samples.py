@@ -39,7 +39,7 @@ class Points(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples:
-    """Sums by sequence, of which every other trace of the same sequences is made up; see `replay.ageing.Ages`."""
+    """Sums by sequence, of which every other trace of the same sequences is made up; see `replay.drift.Drift`."""
 
     num_pairs: Ints
     replaced: Ints

@@ -9,12 +9,15 @@ little weight decay (ridge regression; Hoerl and Kennard, Technometrics 1970).
 Letters: L MoE layers, E experts per layer, N features.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
 from tidesim.errors import InputError
 from tidesim.policies.interface import Counts, ForwardInfo, Mask, Shape, forwards_of
 from tidesim.policies.pieces import Score
+from tidesim.windows import windows
 from tidesim.workload import ForwardKind, Workload
 
 Floats = npt.NDArray[np.float64]
@@ -108,11 +111,9 @@ class Foresight(Score):
     def __init__(self, corpus: Workload) -> None:
         if not corpus.num_forwards:
             raise InputError("the corpus holds no forward; give at least one sequence to learn from.")
-        used = corpus.counts > 0
         is_start = (corpus.kind == ForwardKind.DENOISE) & (corpus.step == 0)
-        self.popularity: Floats = used.mean(axis=0, dtype=np.float64)
-        starts = used[is_start] if is_start.any() else used
-        self.at_start: Floats = starts.mean(axis=0, dtype=np.float64)
+        self.popularity: Floats = _share_used(corpus, np.ones_like(is_start))
+        self.at_start: Floats = _share_used(corpus, is_start) if is_start.any() else self.popularity
         self._weights = self._fit(corpus)
 
     def _fit(self, corpus: Workload) -> Floats:
@@ -122,7 +123,9 @@ class Foresight(Score):
         squares = np.zeros((_NUM_SITUATIONS, _NUM_FEATURES, _NUM_FEATURES))
         products, num_rows = np.zeros((_NUM_SITUATIONS, _NUM_FEATURES)), np.zeros(_NUM_SITUATIONS)
         for forward, counts, uses in zip(forwards, corpus.counts, wanted, strict=True):
-            features = memory.see(forward, slice(None), counts).reshape(-1, _NUM_FEATURES)  # [L * E, N]
+            # Mapped counts are narrower, and are taken as they would be in memory.
+            features = memory.see(forward, slice(None), counts.astype(np.int32, copy=False))
+            features = features.reshape(-1, _NUM_FEATURES)  # [L * E, N]
             which = situation(forward)
             squares[which] += features.T @ features
             products[which] += features.T @ uses.ravel()
@@ -152,11 +155,20 @@ class Foresight(Score):
         self.table[layer] = np.clip(features @ self._weights[situation(forward)], 0.0, _ALWAYS)
 
 
-def uses_to_come(workload: Workload) -> Floats:
-    """What `Foresight` predicts, [F, L, E]: uses in the next forwards of the same sequence, by how soon they are."""
-    used = (workload.counts > 0).astype(np.float64)
-    uses = np.zeros_like(used)
-    for ahead in range(1, HORIZON + 1):
-        is_same = workload.sequence[ahead:] == workload.sequence[:-ahead]
-        uses[:-ahead] += FADE ** (ahead - 1) * used[ahead:] * is_same[:, None, None]
-    return uses
+def _share_used(corpus: Workload, is_chosen: Mask) -> Floats:
+    """The share of the chosen forwards [F] that use each expert, [L, E]."""
+    num_used = np.zeros(corpus.counts.shape[1:], np.int64)
+    for span, counts in windows(corpus.counts):
+        num_used += np.count_nonzero(counts[is_chosen[span]], axis=0)
+    return num_used / np.count_nonzero(is_chosen)
+
+
+def uses_to_come(workload: Workload) -> Iterator[Floats]:
+    """What `Foresight` predicts of each forward, [L, E]: uses in the next of its sequence, by how soon they are."""
+    sequence, counts = workload.sequence.tolist(), workload.counts
+    for forward in range(len(counts)):
+        uses = np.zeros(counts.shape[1:])
+        for ahead in range(1, min(HORIZON + 1, len(counts) - forward)):
+            if sequence[forward + ahead] == sequence[forward]:
+                uses += FADE ** (ahead - 1) * (counts[forward + ahead] > 0)
+        yield uses

@@ -174,7 +174,7 @@ class LayerWork:
         the places that are to be had, in order, whether their residents must run before a copy can begin.
         """
         costs, execution, rows = self._costs, self._costs.execution, self._counts[experts]
-        alone_ns = np.array([sum(costs.alone_ns(ns)) for ns in costs.loop_ns[rows].tolist()], np.float64)
+        alone_ns = costs.fetched_ns[rows].astype(np.float64)
         ran_ns = np.cumsum(alone_ns)
         if execution.copies == "background":
             # A copy begins when it may and the one before it has ended; an expert runs when it has arrived and those

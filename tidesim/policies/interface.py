@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tidesim.execution import Costs
-from tidesim.policies.rules import Rule
+from tidesim.policies.rules import Rule, Steps
 from tidesim.residency import NO_MOVES, Moves, Placement
 from tidesim.result import Decision
 from tidesim.workload import ForwardKind, Workload
@@ -152,6 +152,7 @@ class Policy(ABC):
     miss_action : what becomes of misses, for the record: "host", "fetch" or "split" between the two.
     refresh_interval : denoising steps from one refresh to the next, one number or one per layer, for the record;
         None if the policy has no such thing.
+    refresh_steps : the denoising steps of a block that are refreshed, where these are listed one by one; likewise.
     """
 
     name: str
@@ -164,6 +165,11 @@ class Policy(ABC):
 
     @property
     def refresh_interval(self) -> Interval:
+        """See the class."""
+        return None
+
+    @property
+    def refresh_steps(self) -> Steps | None:
         """See the class."""
         return None
 

@@ -74,22 +74,31 @@ def new_clock(resident: Words, room: int) -> Clock:
 
 
 @compiled
-def play(routing: Any, prices: Any, fixed: Any, script: Any, ruled: Any, clock: Any, now: Whole) -> Whole:
+def play(routing: Any, prices: Any, fixed: Any, script: Any, ruled: Any, clock: Any, spent: Any, now: Whole) -> Whole:
     """Run some forwards, the first of which begins at `now`; returns the time after them, the rest is in `clock`.
 
     Parameters
     ----------
     routing, prices, script : a `Routing`, `Prices` and `Script` of these forwards. fixed, ruled, clock : a `Fixed`,
-        `Ruled` and `Clock` of the run.
+        `Ruled` and `Clock` of the run. spent : int64 [F, L + 1], what each layer takes, and what lies outside; filled
+        unless it is empty.
     """
-    num_layers = len(clock.layer_until)
+    num_layers, is_noted = len(clock.layer_until), len(spent) > 0
     outside = num_layers
     for forward in range(len(routing.tokens)):
+        begun = now
         now = _compute(clock, outside, DENSE, prices.entry[forward, 0], prices.entry[forward, 1], now)
+        inside = np.int64(0)
         for layer in range(num_layers):
+            entered = now
             now = _compute(clock, layer, DENSE, prices.dense[forward, 0], prices.dense[forward, 1], now)
             now = _run_layer(routing, prices, fixed, script, ruled, clock, forward, layer, now)
+            if is_noted:
+                spent[forward, layer] = now - entered
+                inside += now - entered
         now = _compute(clock, outside, DENSE, prices.head[forward, 0], prices.head[forward, 1], now)
+        if is_noted:
+            spent[forward, outside] = now - begun - inside
     return now
 
 
@@ -120,13 +129,13 @@ def _run_layer(
             now = _move_now(clock, fixed, moves, move, layer, now)
             move += 1
     start = now
-    hits, num_active, loop_ns, host_ns = _split(routing, prices, here, at)
+    hits, num_active, loop_ns, host_ns = split(routing, prices, here, at)
     misses = routing.num_pairs[forward] - hits
     clock.tally[HITS] += hits
     clock.tally[MISSES] += misses
     if clock.layer_until[layer] > now:
         now = _wait(clock, layer, COPY_WAIT, _last_arrival(active, here, clock.until, offset), now)
-    kernel_ns, launch_ns = _residents_ns(prices, fixed, hits, num_active, loop_ns)
+    kernel_ns, launch_ns = residents_ns(prices, fixed, hits, num_active, loop_ns)
     now = _compute(clock, layer, DEVICE, kernel_ns, launch_ns, now)
     if not is_scripted:
         move, last = 0, serve(ruled, routing, here, at, layer)
@@ -159,7 +168,7 @@ def _run_layer(
 
 
 @inlined
-def _split(routing: Any, prices: Any, here: Any, at: Whole) -> tuple[Whole, Whole, Whole, Whole]:
+def split(routing: Any, prices: Any, here: Any, at: Whole) -> tuple[Whole, Whole, Whole, Whole]:
     """What is on the device: rows, experts, and their kernels one by one; and the host's time for all other experts."""
     hits, num_active, loop_ns, host_ns = 0, 0, 0, 0
     for group in range(routing.first_group[at], routing.first_group[at + 1]):
@@ -235,7 +244,7 @@ def _wait(clock: Any, layer: Whole, part: Whole, until: Whole, now: Whole) -> Wh
 
 
 @inlined
-def _residents_ns(prices: Any, fixed: Any, hits: Whole, num_active: Whole, loop_ns: Whole) -> tuple[Whole, Whole]:
+def residents_ns(prices: Any, fixed: Any, hits: Whole, num_active: Whole, loop_ns: Whole) -> tuple[Whole, Whole]:
     """Kernels of the resident experts that have rows, and the launch time that they do not hide; see
     `Costs.experts_ns`."""
     kernel_ns, launch_ns = 0, 0

@@ -3,7 +3,7 @@
 Letters: F forwards, E experts, T rows of a forward, K top-k, R most rows of a forward.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -40,14 +40,9 @@ class Prices(NamedTuple):
     call: Ints
     first_call: Ints
 
-    def cut(self, forwards: slice) -> "Prices":
-        """Those of some forwards."""
-        return self._replace(
-            entry=self.entry[forwards],
-            dense=self.dense[forwards],
-            head=self.head[forwards],
-            first_call=self.first_call[forwards],
-        )
+    def during(self, span: slice) -> Self:
+        """The same of some forwards alone."""
+        return self._replace(**{name: getattr(self, name)[span] for name in ("entry", "dense", "head", "first_call")})
 
 
 class Fixed(NamedTuple):

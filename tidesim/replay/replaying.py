@@ -1,41 +1,56 @@
 """One run, or many on the same routing, from their inputs to their results."""
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
+import numpy.typing as npt
 
 from tidesim.errors import InputError
 from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
 from tidesim.policies import Policy
+from tidesim.replay.ages import fill_step_costs
 from tidesim.replay.bits import words_of
 from tidesim.replay.clock import BUSY as LINK_BUSY
-from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, IS_FULL, Clock, new_clock, play, stop
+from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, new_clock, play, stop
 from tidesim.replay.prices import Fixed, Prices, fixed_of, prices_of
-from tidesim.replay.routing import NO_ROUTING, Routing, parts_of, routing_of
+from tidesim.replay.routing import NO_ROUTING, Routing, routing_of
 from tidesim.replay.rules import ruled
-from tidesim.replay.script import NO_SCRIPT, Decisions, decide
+from tidesim.replay.script import NO_SCRIPT, Decisions, Script, decide
+from tidesim.replay.step_costs import StepCosts
+from tidesim.replay.stretches import Stretch, play_all
 from tidesim.residency import Placement
 from tidesim.result import RunResult
+from tidesim.windows import forget, spans
 from tidesim.workload import Workload
 
-_KEPT_DECISIONS = 16  # a long workload's take tens of megabytes
-_KEPT_ROUTING_BYTES = 1 << 30  # of a workload; what goes beyond is read again for each run
+Ints = npt.NDArray[np.int64]
+
+_KEPT_DECISIONS = 16
+_KEPT_SCRIPT_BYTES = 1 << 26  # of one of them; longer ones are decided anew
+_KEPT_ROUTING_BYTES = 1 << 28  # what is beyond is read anew for each run
 
 
 def replay(
-    workload: Workload, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]
+    workload: Workload,
+    model: MoEConfig,
+    hardware: Hardware,
+    policy: Policy,
+    *,
+    spent: Ints | None = None,
+    **settings: Unpack[RunSettings],
 ) -> RunResult:
     """What `simulate` says of the same arguments, to the nanosecond.
 
     For more than one run on a workload, `Replayer` reads its routing once. Raise what `simulate` raises, and InputError
     if device, host and copies slow each other down on `hardware`.
     """
-    return Replayer(workload).run(model, hardware, policy, **settings)
+    return Replayer(workload).run(model, hardware, policy, spent=spent, **settings)
 
 
 class Replayer:
@@ -50,109 +65,132 @@ class Replayer:
     def __init__(self, workload: Workload) -> None:
         check_counts(workload)
         self.workload = workload
-        self._parts = parts_of(workload)
-        self._routing: dict[int, Routing] = {}  # by part, as far as kept
+        self._stretches = spans(workload.counts.shape)
+        self._num_steps = int(workload.step.max()) + 1
+        self._routings: list[Routing] = []  # of the first stretches
+        self._room_bytes = _KEPT_ROUTING_BYTES
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
 
-    def run(self, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]) -> RunResult:
-        """One run; see `replay`."""
-        return self.run_with_ends((), model, hardware, policy, **settings)[0]
-
-    def run_with_ends(
+    def run(
         self,
-        ends: Sequence[int],
         model: MoEConfig,
         hardware: Hardware,
         policy: Policy,
+        *,
+        spent: Ints | None = None,
         **settings: Unpack[RunSettings],
-    ) -> tuple[RunResult, tuple[int, ...]]:
-        """One run, and its time in ns when the first `ends[0]` of its forwards are done, `ends[1]`, and so on.
-
-        `ends` ascend, are > 0, and at most F.
-        """
+    ) -> RunResult:
+        """One run; see `replay`."""
         if is_contended(hardware):
             raise InputError(
                 f"profile {hardware.name!r} says how much device, host and copies slow each other down (contention); "
                 "that is for the event simulator: use simulate(), or --engine simpy."
             )
         paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
-        totals, times_ns = self._timed(self._decide(paper), paper, ends)
-        return paper.result(totals), times_ns
+        noted = np.zeros((0, 0), np.int64) if spent is None else spent
+        return paper.result(self._timed(paper, noted))
 
-    def _decide(self, paper: PaperRun) -> Decisions:
-        """What the policy decides, from memory if it was asked before and goes by the routing alone."""
-        policy, is_background = paper.policy, paper.execution.copies == "background"
-        key = (id(policy), paper.budgets, is_background)
-        if key in self._decided:
-            return self._decided[key][1]
-        decisions = decide(self.workload, policy, paper.shape, is_background=is_background)
-        if policy.is_routing_only:
-            self._decided[key] = (policy, decisions)
-            if len(self._decided) > _KEPT_DECISIONS:
-                del self._decided[next(iter(self._decided))]
-        return decisions
+    def step_costs(
+        self, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]
+    ) -> StepCosts:
+        """What each layer takes at each step of a block, by the step of its last refresh; see `ages`.
 
-    def _timed(
-        self, decisions: Decisions, paper: PaperRun, ends: Sequence[int]
-    ) -> tuple[Mapping[str, Any], tuple[int, ...]]:
-        """What a `RunResult` counts and times, and the times at `ends`."""
+        The schedule of `policy` does not matter. Raise InputError if it does not refresh, or has no rule to do it by.
+        """
+        paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
+        decisions = self._decide(paper)
+        if decisions.rule is None or decisions.rule.name not in ("top-counts", "hottest-for-coldest"):
+            raise InputError(f"policy {policy.name!r} has no refresh steps to choose; take 'tide' or 'tide-as-coded'.")
+        every_step = replace(decisions.rule.schedule, refresh_interval=1, refresh_steps=None)
+        decisions = replace(decisions, rule=replace(decisions.rule, schedule=every_step))
         prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
-        clock, times_ns = self._play(decisions, prices, fixed, ends)
+        parts = ((self._routing(number), prices.during(span)) for number, span in enumerate(self._stretches))
+        return fill_step_costs(parts, fixed, decisions, self.workload.num_experts, self._num_steps)
+
+    def _timed(self, paper: PaperRun, spent: Ints) -> Mapping[str, Any]:
+        """What a `RunResult` counts and times."""
+        decisions = self._decide(paper)
+        num_experts = paper.model.num_experts
+        resident = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
+        prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
+        clock, makespan_ns = play_all(
+            self._read(prices, self._scripts(decisions, paper), spent),
+            fixed,
+            ruled(decisions, num_experts, self._num_steps),
+            new_clock(resident, FIRST_ROOM),
+        )
         tally: list[int] = clock.tally.tolist()
         hits, misses, promotions, evictions, drops = tally[:DEVICE_BUSY]
         links = clock.links[:, LINK_BUSY].tolist()
-        totals = {
+        return {
             "hits": hits,
             "misses": misses,
             "promotions": promotions,
             "evictions": evictions,
             "drops": drops,
             **copied(paper.costs, promotions + drops, evictions),
-            "makespan_ns": times_ns[self.workload.num_forwards],
+            "makespan_ns": makespan_ns,
             "layer_parts_ns": tuple(map(tuple, clock.parts.tolist())),
             "busy_ns": {"device": tally[DEVICE_BUSY], "host": tally[HOST_BUSY], "h2d": links[H2D], "d2h": links[D2H]},
         }
-        return totals, tuple(times_ns[end] for end in ends)
 
-    def _play(
-        self, decisions: Decisions, prices: Prices, fixed: Fixed, ends: Sequence[int]
-    ) -> tuple[Clock, dict[int, int]]:
-        """Walk the forwards, with more room for copies under way as long as there is too little.
+    def _read(self, prices: Prices, scripts: Iterator[Script], spent: Ints) -> Iterator[Stretch]:
+        """All forwards, stretch by stretch."""
+        for number, (script, span) in enumerate(zip(scripts, self._stretches, strict=True)):
+            yield Stretch(self._routing(number), prices.during(span), script, spent[span])
 
-        Returns the time, too, after so many forwards as `ends` say, and after all.
-        """
-        num_experts, num_layers, room = self.workload.num_experts, self.workload.num_layers, FIRST_ROOM
-        residents = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
-        while True:
-            clock, rule, now_ns, times_ns = new_clock(residents, room), ruled(decisions, num_experts), 0, {}
-            for number, part in enumerate(self._parts):
-                routing = self._routing_of(number)
-                for piece in _pieces(part, ends, self.workload.num_forwards):
-                    script = decisions.script.cut(piece, num_layers)
-                    its_own = routing.cut(slice(piece.start - part.start, piece.stop - part.start))
-                    now_ns = play(its_own, prices.cut(piece), fixed, script, rule, clock, now_ns)
-                    times_ns[piece.stop] = int(now_ns)
-            stop(fixed, clock, now_ns)
-            if not clock.links[:, IS_FULL].any():
-                return clock, times_ns
-            room *= 16
-
-    def _routing_of(self, number: int) -> Routing:
-        """The routing of a part, from memory if there is room to keep it."""
-        if number in self._routing:
-            return self._routing[number]
-        routing = routing_of(self.workload, self._parts[number])
-        if sum(kept.num_bytes for kept in self._routing.values()) + routing.num_bytes <= _KEPT_ROUTING_BYTES:
-            self._routing[number] = routing
+    def _routing(self, number: int) -> Routing:
+        """The routing of one stretch, kept as long as there is room."""
+        if number < len(self._routings):
+            return self._routings[number]
+        routing = routing_of(self.workload, self._stretches[number])
+        forget(self.workload.counts)
+        if number == len(self._routings) and routing.num_bytes <= self._room_bytes:
+            self._routings.append(routing)
+            self._room_bytes -= routing.num_bytes
         return routing
 
+    def _decide(self, paper: PaperRun) -> Decisions:
+        """What the policy decides, from memory if it was asked before and goes by the routing alone."""
+        key = _key(paper)
+        if key in self._decided:
+            return self._decided[key][1]
+        policy, is_background = paper.policy, _is_background(paper)
+        decisions = decide(self.workload, policy, paper.shape, self._stretches, is_background=is_background)
+        if decisions.scripts is None:
+            self._keep(paper, decisions)
+        return decisions
 
-def _pieces(part: slice, ends: Sequence[int], num_forwards: int) -> list[slice]:
-    """`part` of all forwards, cut at `ends`."""
-    stop = min(part.stop, num_forwards)
-    cuts = [part.start, *(end for end in ends if part.start < end < stop), stop]
-    return [slice(*piece) for piece in pairwise(cuts)]
+    def _scripts(self, decisions: Decisions, paper: PaperRun) -> Iterator[Script]:
+        """The moves in each stretch; they are kept if they are all known in the end and do not take much memory."""
+        if decisions.scripts is None:
+            yield from repeat(NO_SCRIPT, len(self._stretches))
+            return
+        scripts, num_bytes = [], 0
+        for script in decisions.scripts:
+            num_bytes += sum(column.nbytes for column in script)
+            if num_bytes <= _KEPT_SCRIPT_BYTES:
+                scripts.append(script)
+            yield script
+        if num_bytes <= _KEPT_SCRIPT_BYTES:
+            self._keep(paper, replace(decisions, scripts=scripts))
+
+    def _keep(self, paper: PaperRun, decisions: Decisions) -> None:
+        """Remember what a policy decided that goes by the routing alone."""
+        if paper.policy.is_routing_only:
+            self._decided[_key(paper)] = (paper.policy, decisions)
+            if len(self._decided) > _KEPT_DECISIONS:
+                del self._decided[next(iter(self._decided))]
+
+
+def _key(paper: PaperRun) -> tuple[int, tuple[int, ...], bool]:
+    """What decisions depend on, beside the routing."""
+    return id(paper.policy), paper.budgets, _is_background(paper)
+
+
+def _is_background(paper: PaperRun) -> bool:
+    return paper.execution.copies == "background"
 
 
 def is_contended(hardware: Hardware) -> bool:
@@ -171,8 +209,8 @@ def is_compiled() -> bool:
 def compile_now() -> None:
     """Compile what replays a run, unless that is on disk: before processes start that would each do it."""
     prices = Prices(*np.zeros((4, 1, 2), np.int64), *np.zeros((6, 1), np.int64))
+    decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, scripts=None)
     fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
-    decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, script=NO_SCRIPT)
     clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
-    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1), clock, 0)
+    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1, 1), clock, np.zeros((0, 0), np.int64), 0)
     stop(fixed, clock, 0)

@@ -17,10 +17,6 @@ from tidesim.workload import Workload
 
 Ints = npt.NDArray[np.int64]
 
-# Counts that are read at a time. What is made of them takes half a gigabyte at most, if hardly any two experts have
-# equal rows, and a tenth of that where a block is decoded by itself.
-_PART_COUNTS = 1 << 24
-
 
 class Routing(NamedTuple):
     """Which experts have rows, layer by layer and forward by forward.
@@ -55,22 +51,6 @@ class Routing(NamedTuple):
         """Memory that it takes."""
         return sum(array.nbytes for array in self)
 
-    def cut(self, forwards: slice) -> "Routing":
-        """That of some forwards; experts and groups are left where they are."""
-        num_layers = len(self.active) // len(self.tokens)
-        rows = slice(forwards.start * num_layers, forwards.stop * num_layers)
-        ends = slice(rows.start, rows.stop + 1)
-        return self._replace(
-            first=self.first[ends],
-            first_group=self.first_group[ends],
-            active=self.active[rows],
-            kind=self.kind[forwards],
-            step=self.step[forwards],
-            is_first_block=self.is_first_block[forwards],
-            tokens=self.tokens[forwards],
-            num_pairs=self.num_pairs[forwards],
-        )
-
 
 def _no_routing() -> Routing:
     """Of no forward of a layer."""
@@ -82,12 +62,6 @@ def _no_routing() -> Routing:
 
 
 NO_ROUTING = _no_routing()
-
-
-def parts_of(workload: Workload) -> list[slice]:
-    """The forwards of `workload` in as many slices as it takes to keep the routing of each small."""
-    length = max(1, _PART_COUNTS // (workload.num_layers * workload.num_experts))
-    return [slice(begin, begin + length) for begin in range(0, workload.num_forwards, length)]
 
 
 def routing_of(workload: Workload, part: slice) -> Routing:

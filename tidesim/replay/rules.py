@@ -1,7 +1,8 @@
 """Rules, compiled: the moves of `policies.rules.Rule`, decided as the policies that state them decide.
 
 A rule writes the moves of one layer of one forward into a buffer of the form of a `Script`. Letters: L MoE layers,
-E experts per layer, W words of a set of them, N = 64 * W bits of it, S places of the table of CPython's sets.
+E experts per layer, W words of a set of them, N = 64 * W bits of it, S denoising steps of a block, P places of the
+table of CPython's sets.
 """
 
 from typing import Any, NamedTuple
@@ -12,18 +13,18 @@ import numpy.typing as npt
 from tidesim.policies.rules import Rule
 from tidesim.replay.bits import WORD, Words, is_in, lowest, num_bits, put, take
 from tidesim.replay.compiling import Whole, compiled, inlined
-from tidesim.replay.script import KEEP, NOBODY, REFRESH, Decisions, Script
-from tidesim.residency import per_layer
+from tidesim.replay.script import DROP, KEEP, NOBODY, REFRESH, Decisions, Script
 from tidesim.workload import ForwardKind
 
 Ints = npt.NDArray[np.int64]
 
-SCRIPTED, NEVER, TOP_COUNTS, HOTTEST_FOR_COLDEST, LEAST_RECENT = range(5)
+SCRIPTED, NEVER, TOP_COUNTS, HOTTEST_FOR_COLDEST, LEAST_RECENT, MOST_RECENT = range(6)
 _CODES = {
     "never": NEVER,
     "top-counts": TOP_COUNTS,
     "hottest-for-coldest": HOTTEST_FOR_COLDEST,
     "least-recent": LEAST_RECENT,
+    "most-recent": MOST_RECENT,
 }
 _DENOISE = int(ForwardKind.DENOISE)
 
@@ -31,7 +32,7 @@ _DENOISE = int(ForwardKind.DENOISE)
 _LINEAR_PROBES, _PERTURB_SHIFT, _SMALLEST_TABLE = 9, 5, 8
 _PROBED = (1 << (_LINEAR_PROBES + 1)) - 1
 # A set of so many small integers has a table of 512 places or more, where each lies at its own number.
-_ASCENDING_FROM, _ASCENDING_TABLE = 77, 512
+ASCENDING_FROM, ASCENDING_TABLE = 77, 512
 _NEVER = 2**62
 
 
@@ -40,11 +41,11 @@ class Ruled(NamedTuple):
 
     Parameters
     ----------
-    code : which rule. first_block, interval : see `Rule`; interval is int64 [L].
+    code : which rule. first_block : see `Schedule`. is_due : bool [L, S], its steps in all other blocks.
     budgets, num_resident : int64 [L], slots, and those that are taken.
     total : int64 [L, N], tokens so far.
     older, newer : int32 [L, E + 1], the residents by their last use, a ring; place E is between newest and oldest.
-    table : int32 [L, S], residents as a CPython set has them. taken : uint64 [L, S / 64 + 1], which of its places.
+    table : int32 [L, P], residents as a CPython set has them. taken : uint64 [L, P / 64 + 1], which of its places.
     mask : int64 [L], the places that it makes use of, less one.
     old, order : int32 [E + 1], buffers.
     wanted : uint64 [W], a buffer.
@@ -53,7 +54,7 @@ class Ruled(NamedTuple):
 
     code: int
     first_block: bool
-    interval: Ints
+    is_due: npt.NDArray[np.bool_]
     budgets: Ints
     num_resident: Ints
     total: Ints
@@ -68,8 +69,8 @@ class Ruled(NamedTuple):
     moves: Script
 
 
-def ruled(decisions: Decisions, num_experts: int) -> Ruled:
-    """The rule of `decisions` at the beginning of a run.
+def ruled(decisions: Decisions, num_experts: int, num_steps: int) -> Ruled:
+    """The rule of `decisions` at the beginning of a run whose blocks have `num_steps` steps at most.
 
     Rules with refreshes begin with no free slot, so that a swap is all that they ever do.
     """
@@ -79,8 +80,8 @@ def ruled(decisions: Decisions, num_experts: int) -> Ruled:
         places *= 2
     made = Ruled(
         code=SCRIPTED if decisions.rule is None else _CODES[rule.name],
-        first_block=rule.first_block,
-        interval=np.array(per_layer(rule.refresh_interval, L, "refresh_interval"), np.int64),
+        first_block=rule.schedule.first_block,
+        is_due=rule.schedule.table(L, num_steps),
         budgets=np.array(decisions.budgets, np.int64),
         num_resident=np.array([len(ids) for ids in decisions.placement.experts], np.int64),
         total=np.zeros((L, N), np.int64),
@@ -101,13 +102,19 @@ def ruled(decisions: Decisions, num_experts: int) -> Ruled:
 
 @compiled
 def _begin(ruled: Any, layer: Whole, residents: Any) -> None:
-    """The first residents, ascending: none was used yet, and a set of them was filled in that order."""
+    """The first residents, ascending: none was used yet, and a set of them was filled in that order.
+
+    By `caches.lru` the lower id is the more recent one of those.
+    """
     older, newer = ruled.older, ruled.newer
     E = older.shape[1] - 1
     older[layer, E] = newer[layer, E] = E
     for expert in residents:
         older[layer, expert] = newer[layer, expert] = expert
         if ruled.code == LEAST_RECENT:
+            _use(older[layer], newer[layer], expert)
+    if ruled.code == MOST_RECENT:
+        for expert in residents[::-1]:
             _use(older[layer], newer[layer], expert)
     if ruled.code == TOP_COUNTS:
         ruled.mask[layer] = build_set(ruled.table[layer], ruled.taken[layer], residents, len(residents), ruled.old)
@@ -128,7 +135,7 @@ def refresh(ruled: Any, routing: Any, here: Any, forward: Whole, at: Whole, laye
     num_moves = 0
     if ruled.code in (HOTTEST_FOR_COLDEST, TOP_COUNTS) and routing.kind[forward] == _DENOISE:
         is_always = ruled.first_block and routing.is_first_block[forward]
-        if is_always or routing.step[forward] % ruled.interval[layer] == 0:
+        if is_always or ruled.is_due[layer, routing.step[forward]]:
             if ruled.code == HOTTEST_FOR_COLDEST:
                 num_moves = _hottest_for_coldest(ruled.total[layer], here, ruled.wanted, ruled.moves, layer)
             else:
@@ -142,6 +149,9 @@ def serve(ruled: Any, routing: Any, here: Any, at: Whole, layer: Whole) -> Whole
     num_moves = 0
     if ruled.code == LEAST_RECENT:
         num_moves = _fetch_all(ruled, routing.active[at], here, ruled.older[layer], ruled.newer[layer], layer)
+    elif ruled.code == MOST_RECENT:
+        num_active = routing.first[at + 1] - routing.first[at]
+        num_moves = _keep_recent(ruled, routing.active[at], num_active, here, layer)
     return num_moves
 
 
@@ -176,6 +186,46 @@ def _fetch_all(ruled: Any, active: Any, here: Any, older: Any, newer: Any, layer
             _use(older, newer, expert)
             num_moves += 1
     return num_moves
+
+
+@compiled
+def _keep_recent(ruled: Any, active: Any, num_active: Whole, here: Any, layer: Whole) -> Whole:
+    """All misses of `layer` are fetched, and those among the most recent stay; returns how many moves there are.
+
+    The ring has the residents. It takes in whoever stays in the order of use, and then its oldest members go. Who does
+    not stay is dropped.
+    """
+    moves, older, newer, offset = ruled.moves, ruled.older[layer], ruled.newer[layer], layer * len(here) * WORD
+    E, num_kept, num_seen, num_dropped = len(older) - 1, 0, 0, 0
+    num_forgotten = max(0, num_active - ruled.budgets[layer])
+    for word in range(len(here)):
+        used = active[word]
+        while used:
+            expert = WORD * word + lowest(used)
+            used &= used - np.uint64(1)
+            is_here = is_in(here, expert)
+            if num_seen >= num_forgotten:
+                if not is_here:
+                    moves.part[num_kept], moves.layer[num_kept], moves.enter[num_kept] = KEEP, layer, offset + expert
+                    older[expert] = newer[expert] = expert
+                    num_kept += 1
+                _use(older, newer, expert)
+            elif is_here:
+                _use(older, newer, expert)
+            else:
+                # Those that are dropped come after those that stay, and are put aside until then.
+                ruled.order[num_dropped] = expert
+                num_dropped += 1
+            num_seen += 1
+    for move in range(num_kept):
+        oldest = newer[E]
+        moves.leave[move] = offset + oldest
+        _leave_ring(older, newer, oldest)
+    for number in range(num_dropped):
+        move = num_kept + number
+        moves.part[move], moves.layer[move] = DROP, layer
+        moves.enter[move], moves.leave[move] = offset + ruled.order[number], NOBODY
+    return num_kept + num_dropped
 
 
 @inlined
@@ -269,7 +319,7 @@ def _top_counts(ruled: Any, ids: Any, here: Any, layer: Whole) -> Whole:
         # Written in any case, and kept if it comes in: whether it does is hard to foresee for a processor.
         moves.part[num_moves], moves.layer[num_moves], moves.enter[num_moves] = REFRESH, layer, offset + expert
         num_moves += 1 - is_in(here, expert)
-    if budget >= _ASCENDING_FROM and E <= _ASCENDING_TABLE:
+    if budget >= ASCENDING_FROM and E <= ASCENDING_TABLE:
         _leave_ascending(here, wanted, offset, num_moves, moves.leave)
         return num_moves
     table, taken = ruled.table[layer], ruled.taken[layer]

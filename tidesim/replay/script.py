@@ -4,17 +4,20 @@ A policy never looks at a clock, so its moves are the same on every machine whos
 goes by the routing alone, on every machine at all.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.policies import Policy, Shape, forwards_of
+from tidesim.policies import ForwardInfo, Policy, Shape, forwards_of
+from tidesim.policies.interface import Counts
 from tidesim.policies.rules import Rule
 from tidesim.replay.bits import num_bits
 from tidesim.residency import Moves, Placement, Residency, Swap
+from tidesim.windows import forget
 from tidesim.workload import Workload
 
 # What a move is part of. They come in this order within a layer of a forward, but that of a refresh may be last.
@@ -38,10 +41,6 @@ class Script(NamedTuple):
     enter: npt.NDArray[np.int32]
     leave: npt.NDArray[np.int32]
 
-    def cut(self, forwards: slice, num_layers: int) -> "Script":
-        """The moves of some forwards, if it has any."""
-        return self._replace(first=self.first[forwards.start * num_layers : forwards.stop * num_layers + 1])
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
@@ -50,35 +49,39 @@ class Decisions:
     Parameters
     ----------
     budgets : slots of each layer. scratch : experts that fit into scratch memory.
+    scripts : one for each stretch of forwards, to be taken once; None where a rule is followed.
     """
 
     placement: Placement
     budgets: tuple[int, ...]
     scratch: int
     rule: Rule | None
-    script: Script
+    scripts: Iterable[Script] | None
 
 
 NO_SCRIPT = Script(np.zeros(1, np.int64), np.empty(0, np.uint8), *np.empty((3, 0), np.int32))
 
 
-def decide(workload: Workload, policy: Policy, shape: Shape, *, is_background: bool) -> Decisions:
+def decide(
+    workload: Workload, policy: Policy, shape: Shape, stretches: Sequence[slice], *, is_background: bool
+) -> Decisions:
     """What `policy` decides on `workload`; with background copies refreshes come last in a layer.
 
-    Policies with a `rule` are not asked beyond their first placement, which is as they say it is. Raise ValueError if
-    the policy's moves are not possible, and whatever the policy raises at the beginning of a run.
+    It is asked about a stretch when its script is taken. Policies with a `rule` are not asked beyond their first
+    placement, which is as they say it is. Raise ValueError if the policy's moves are not possible, and whatever the
+    policy raises at the beginning of a run.
     """
     placement, scratch = policy.initial(shape), policy.scratch_experts(shape.num_experts)
-    script = NO_SCRIPT
+    scripts = None
     if policy.rule is None:
         residency = Residency(shape.num_experts, shape.budgets, placement, is_pooled=policy.scope == "network")
-        script = _Writer(residency, scratch).write(workload, policy, is_background)
+        scripts = _Writer(residency, scratch).write(workload, policy, stretches, is_background)
     return Decisions(
         placement=placement,
         budgets=shape.budgets,
         scratch=scratch,
         rule=policy.rule,
-        script=script,
+        scripts=scripts,
     )
 
 
@@ -87,30 +90,39 @@ class _Writer:
 
     def __init__(self, residency: Residency, scratch: int) -> None:
         self._residency, self._scratch = residency, scratch
-        self._rows: list[tuple[int, int, int, int]] = []
+        self._moves = array("i")  # part, layer, enter and leave of one move after another: there may be millions
 
-    def write(self, workload: Workload, policy: Policy, is_background: bool) -> Script:
-        """The script of a run that has begun."""
-        first = [0]
-        for forward in forwards_of(workload):
-            # Counts that are mapped from a file are narrower, and a policy may take them from each other.
-            for layer, counts in enumerate(workload.counts[forward.index].astype(np.int32, copy=False)):
-                everybody = self._residency.everybody
-                policy.observe(forward, layer, counts, everybody)
-                if not is_background:
-                    self._refresh(layer, policy.refresh(forward, layer, counts, everybody))
-                missed = np.flatnonzero((counts > 0) & ~everybody[layer]).tolist()
-                serving = policy.serve(forward, layer, missed, counts, everybody)
-                serving.check(layer, self._scratch)
-                self._write(KEEP, layer, self._residency.fetch(layer, serving.keep))
-                self._write(DROP, layer, [Swap(expert, None) for expert in serving.drop])
-                for there, moves in policy.ahead(forward, layer, counts, everybody):
-                    self._write(AHEAD, there, self._residency.apply(there, moves))
-                if is_background:
-                    self._refresh(layer, policy.refresh(forward, layer, counts, everybody))
-                first.append(len(self._rows))
-        part, *columns = np.array(self._rows, np.int32).reshape(-1, 4).T
-        return Script(np.array(first), part.astype(np.uint8), *map(np.ascontiguousarray, columns))
+    def write(
+        self, workload: Workload, policy: Policy, stretches: Sequence[slice], is_background: bool
+    ) -> Iterator[Script]:
+        """The scripts of a run that has begun."""
+        forwards = forwards_of(workload)
+        for stretch in stretches:
+            self._moves, first = array("i"), [0]
+            for forward in forwards[stretch]:
+                # Counts that are mapped from a file are narrower, and a policy may take them from each other.
+                for layer, counts in enumerate(workload.counts[forward.index].astype(np.int32, copy=False)):
+                    self._ask(policy, forward, layer, counts, is_background)
+                    first.append(len(self._moves) // 4)
+            forget(workload.counts)
+            part, *columns = np.frombuffer(self._moves, np.int32).reshape(-1, 4).T
+            yield Script(np.array(first), part.astype(np.uint8), *map(np.ascontiguousarray, columns))
+
+    def _ask(self, policy: Policy, forward: ForwardInfo, layer: int, counts: Counts, is_background: bool) -> None:
+        """All that a policy decides around one layer of a forward."""
+        everybody = self._residency.everybody
+        policy.observe(forward, layer, counts, everybody)
+        if not is_background:
+            self._refresh(layer, policy.refresh(forward, layer, counts, everybody))
+        missed = np.flatnonzero((counts > 0) & ~everybody[layer]).tolist()
+        serving = policy.serve(forward, layer, missed, counts, everybody)
+        serving.check(layer, self._scratch)
+        self._write(KEEP, layer, self._residency.fetch(layer, serving.keep))
+        self._write(DROP, layer, [Swap(expert, None) for expert in serving.drop])
+        for there, moves in policy.ahead(forward, layer, counts, everybody):
+            self._write(AHEAD, there, self._residency.apply(there, moves))
+        if is_background:
+            self._refresh(layer, policy.refresh(forward, layer, counts, everybody))
 
     def _refresh(self, layer: int, moves: Moves) -> None:
         self._write(REFRESH, layer, self._residency.apply(layer, moves))
@@ -122,4 +134,4 @@ class _Writer:
             if leave is not None:
                 home, victim = self._residency.victim(layer, leave)
                 out = home * N + victim
-            self._rows.append((part, layer, NOBODY if enter is None else layer * N + enter, out))
+            self._moves.extend((part, layer, NOBODY if enter is None else layer * N + enter, out))

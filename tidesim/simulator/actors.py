@@ -32,6 +32,7 @@ class Run:
         shape: Shape,
         decisions: Callable[[Decision], None] | None,
         timeline: list[Interval] | None,
+        spent: Ints | None,
     ) -> None:
         self.workload, self.costs, self.policy = workload, costs, policy
         self.is_background = costs.execution.copies == "background"
@@ -49,6 +50,7 @@ class Run:
         # By layer: promoted experts on their way, each with the event of its arrival.
         self.in_flight: list[dict[int, simpy.Event]] = [{} for _ in shape.budgets]
 
+        self.spent = np.zeros((workload.num_forwards, workload.num_layers + 1), np.int64) if spent is None else spent
         self.books = Books(self.env, shape.num_layers, decisions, timeline)
 
     def play(self) -> None:
@@ -73,12 +75,15 @@ class Run:
             index = forward.index
             # Mapped counts are narrower, and policies calculate with them.
             counts = workload.counts[index].astype(np.int32, copy=False)
-            routed = Routed(counts, forward.tokens, costs)
+            routed, begun_ns = Routed(counts, forward.tokens, costs), self.env.now
             yield from self.compute("entry", "dense", entry_ns[index], index, None)
             for layer in range(workload.num_layers):
+                entered_ns = self.env.now
                 yield from self.compute("dense", "dense", dense_ns[index], index, layer)
                 yield from self.run_layer(forward, layer, routed)
+                self.spent[index, layer] = self.env.now - entered_ns
             yield from self.compute("head", "dense", head_ns[index], index, None)
+            self.spent[index, -1] = self.env.now - begun_ns - self.spent[index, :-1].sum()
 
     def run_layer(self, forward: ForwardInfo, layer: int, routed: Routed) -> Story:
         """The routed experts of one layer, and all that the policy decides around them."""

@@ -8,7 +8,7 @@ import simpy
 from tidesim.execution import Costs
 from tidesim.policies import ForwardInfo, Policy, Shape
 from tidesim.result import Decision, Interval
-from tidesim.simulator.actors import Run, Story
+from tidesim.simulator.actors import Ints, Run, Story
 from tidesim.simulator.work import Job, Routed, Work
 from tidesim.workload import Workload
 
@@ -59,9 +59,10 @@ class RecordedRun(Run):
         shape: Shape,
         decisions: Callable[[Decision], None] | None,
         timeline: list[Interval] | None,
+        spent: Ints | None,
         tasks: list[Task],
     ) -> None:
-        super().__init__(workload, costs, policy, shape, decisions, timeline)
+        super().__init__(workload, costs, policy, shape, decisions, timeline, spent)
         self._tasks = tasks
         # What the main process has waited for since its last task, and that task.
         self._front: Front = {}

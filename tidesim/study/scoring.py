@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from tidesim.errors import InputError
-from tidesim.execution import device_memory, largest_budget
+from tidesim.execution import DeviceMemory, check_memory, device_memory, largest_budget
 from tidesim.policies import Policy
 from tidesim.policies.knowledge import Knowledge
 from tidesim.result import RunResult
@@ -31,17 +31,25 @@ class Known(NamedTuple):
 
 
 def make_known(routing: Routing) -> Known:
-    """Count who was routed to whom. Raise TraceError if the trace cannot be used, or has changed since it was read."""
+    """Count who was routed to whom. Raise what `known_parts` raises."""
+    return Known(**dict(known_parts(routing)))
+
+
+def known_parts(routing: Routing) -> Iterator[tuple[str, Workload]]:
+    """The fields of `Known`, one after another: both together may take much memory.
+
+    Raise TraceError if the trace cannot be used, or InputError if it has changed since it was read.
+    """
     with Trace.open(routing.trace.file) as opened:
         if opened.fingerprint != routing.trace.fingerprint:
             raise InputError(f"{opened.path} has changed since the study was read; start again with another --out.")
         parts = (routing.trace.sequences, routing.trace.corpus)
-        workload, corpus = (_workload(opened, routing, part) for part in parts)
-    return Known(workload, corpus)
+        for name, part in zip(Known._fields, parts, strict=True):
+            yield name, _workload(opened, routing, part)
 
 
 def _workload(opened: Trace, routing: Routing, sequences: Sequence[int]) -> Workload:
-    counted = opened.workload(routing.context, sequences, has_lookahead=opened.has_lookahead)
+    counted = opened.workload(routing.context, sequences, has_lookahead=opened.has_lookahead, is_mapped=True)
     return counted.tiled(routing.num_layers).batched(routing.batch_size)
 
 
@@ -104,18 +112,8 @@ def _outcome(case: Case, known: Known) -> dict[str, Scalar]:
     """Every figure of the run, and what it needs on the device."""
     policy = _policy(known, case.policy, case.params, case.refresh_interval)
     budget = _budget(case, known, policy)
+    memory = _memory(case, known, policy, budget)
     result = _run(case, known, policy, budget)
-    scratch = policy.scratch_experts(case.model.num_experts)
-    memory = device_memory(
-        case.model,
-        case.machine.hardware,
-        case.execution,
-        budget,
-        known.workload.max_tokens,
-        case.rules.reserve_bytes,
-        scratch,
-        known.workload.batch_size,
-    )
     metrics = ("tok_per_s", "makespan_s", "num_forwards", "generated_tokens", "hit_rate", "hits", "misses")
     moves = ("promotions", "evictions", "drops", "num_copies", "h2d_bytes", "d2h_bytes")
     return {
@@ -148,6 +146,21 @@ def _budget(case: Case, known: Known, policy: Policy) -> int:
     return largest_budget(case.model, case.machine.hardware, case.execution, *most)
 
 
+def _memory(case: Case, known: Known, policy: Policy, budget: int) -> DeviceMemory:
+    """What the case needs on the device. Raise BudgetError if it does not fit, unless the study does not ask."""
+    reckon = check_memory if case.rules.is_memory_checked else device_memory
+    return reckon(
+        case.model,
+        case.machine.hardware,
+        case.execution,
+        budget,
+        known.workload.max_tokens,
+        case.rules.reserve_bytes,
+        policy.scratch_experts(case.model.num_experts),
+        known.workload.batch_size,
+    )
+
+
 def _run(case: Case, known: Known, policy: Policy, budget: int) -> RunResult:
     return timed(
         known.workload,
@@ -157,6 +170,5 @@ def _run(case: Case, known: Known, policy: Policy, budget: int) -> RunResult:
         budget=budget,
         execution=case.execution,
         seed=case.rules.seed,
-        reserve_bytes=case.rules.reserve_bytes,
-        is_memory_checked=case.rules.is_memory_checked,
+        is_memory_checked=False,
     )

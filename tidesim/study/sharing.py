@@ -1,25 +1,13 @@
-"""Workloads that several processes of one machine read from the same memory.
+"""The workloads of a study, counted once by the process that starts the others, and mapped by these."""
 
-Counting a trace takes as long as many cases, and the counts of a long one take gigabytes. So the process that starts
-the others counts once and writes plain arrays, one file each, into a folder; the others map these files. The pages of a
-mapped file are the system's and exist once, however many processes read them. A file needs no owner, as a block of
-`multiprocessing.shared_memory` does: that one stays in memory for ever where its owner is killed, and sweeps may be.
-"""
-
-import json
 import shutil
-from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
-
+from tidesim.lending import load_workload, save_workload
 from tidesim.study.case import Routing
-from tidesim.study.scoring import Known, make_known
-from tidesim.workload import Workload
-
-_VALUES = "values.json"
+from tidesim.study.scoring import Known, known_parts
 
 
 class SharedCounts:
@@ -41,8 +29,8 @@ class SharedCounts:
     def put(self, routing: Routing) -> Path:
         """Count and write; gives where. Raise TraceError if the trace cannot be used."""
         folder = self._folder / routing.key
-        for name, workload in make_known(routing)._asdict().items():
-            _save(workload, folder / name)
+        for name, workload in known_parts(routing):
+            save_workload(workload, folder / name)
         return folder
 
     def drop(self, routing: Routing) -> None:
@@ -53,23 +41,4 @@ class SharedCounts:
 @lru_cache(maxsize=1)
 def load_shared(folder: Path) -> Known:
     """What `SharedCounts.put` wrote there, mapped; kept until another is asked for, as cases come by their workload."""
-    return Known(*(_load(folder / name) for name in Known._fields))
-
-
-def _save(workload: Workload, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    values: dict[str, object] = {}
-    for field in fields(workload):
-        value = getattr(workload, field.name)
-        if isinstance(value, np.ndarray):
-            np.save(folder / f"{field.name}.npy", value)
-        else:
-            values[field.name] = value
-    (folder / _VALUES).write_text(json.dumps(values), encoding="utf-8")
-
-
-def _load(folder: Path) -> Workload:
-    values: dict[str, Any] = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
-    # Copy on write: the pages are shared, and the arrays behave as those of a workload that was counted here.
-    arrays = {path.stem: np.asarray(np.load(path, mmap_mode="c")) for path in folder.glob("*.npy")}
-    return Workload(**(values | arrays))
+    return Known(*(load_workload(folder / name) for name in Known._fields))

@@ -143,9 +143,9 @@ class Trace:
         ----------
         sequences : some by number, in the trace's order; all by default.
         has_lookahead : count what was foretold as well.
-        is_mapped : leave the counts where they are kept, if they are, so that a long trace takes no memory. They are
-            then read-only, and unsigned integers of as few bits as do (so are those of the full context, in memory):
-            sums of them need a wider type, and so does a minus sign.
+        is_mapped : leave the counts where they are kept, if they are, so that a long trace takes no memory; those that
+            are not kept as they are asked for go to a file without a name, if they are many. They are then read-only,
+            and unsigned integers of as few bits as do: sums of them need a wider type, and so does a minus sign.
 
         Raise ValueError if there is no such context or sequence, or one is named twice; TraceError if the recording
         lacks the rows that the context needs, or the look-ahead.

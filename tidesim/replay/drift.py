@@ -1,10 +1,13 @@
-"""How sets of residents age: how much of one is replaced after so many steps, and what the old one would miss.
+"""How sets of residents drift: how much of one is replaced after so many steps, and what the old one would miss.
 
 One compiled walk over the forwards, without a clock. Only the sets of the block that is being denoised are remembered,
-so memory does not grow with the workload. Letters: S sequences, A lags, L MoE layers, W words of a set of experts.
+and the forwards come stretch by stretch, so memory does not grow with the workload.
+
+Letters: S sequences, A lags, L MoE layers, W words of a set of experts.
 """
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +19,10 @@ from tidesim.policies import Policy, Shape
 from tidesim.replay.bits import Words, ones, put, take, words_of
 from tidesim.replay.compiling import Whole, compiled, inlined
 from tidesim.replay.prices import prices_of
-from tidesim.replay.routing import parts_of, routing_of
+from tidesim.replay.routing import routing_of
 from tidesim.replay.rules import SCRIPTED, observe, refresh, ruled, serve
-from tidesim.replay.script import DROP, NOBODY, decide
+from tidesim.replay.script import DROP, NO_SCRIPT, NOBODY, decide
+from tidesim.windows import forget, spans
 from tidesim.workload import ForwardKind, Workload
 
 Ints = npt.NDArray[np.int64]
@@ -28,7 +32,7 @@ _SEQUENCE, _BLOCK, _NUM_STEPS = range(3)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ages:
+class Drift:
     """What became of the sets of residents after 1..A denoising steps of their block, summed by sequence.
 
     Parameters
@@ -46,7 +50,7 @@ class Ages:
 
 
 class _Walk(NamedTuple):
-    """State of a walk: `Ages`, and
+    """State of a walk: `Drift`, and
 
     Parameters
     ----------
@@ -64,15 +68,18 @@ class _Walk(NamedTuple):
     late_ns: Ints
 
 
-def ages_of(workload: Workload, policy: Policy, budgets: tuple[int, ...], costs: Costs, num_lags: int) -> Ages:
-    """How the sets age that `policy` holds with `budgets` slots; lags go from 1 to `num_lags`.
+def drift_of(workload: Workload, policy: Policy, budgets: tuple[int, ...], costs: Costs, num_lags: int) -> Drift:
+    """How the sets drift that `policy` holds with `budgets` slots; lags go from 1 to `num_lags`.
 
     A set is who is resident after a forward. Raise ValueError if the policy's moves are not possible, InputError if the
     counts of `workload` do not fit its tokens and top-k.
     """
     check_counts(workload)
-    decisions = decide(workload, policy, Shape(workload.num_experts, budgets, costs), is_background=False)
-    rule, prices = ruled(decisions, workload.num_experts), prices_of(workload, costs)
+    stretches, shape = spans(workload.counts.shape), Shape(workload.num_experts, budgets, costs)
+    decisions = decide(workload, policy, shape, stretches, is_background=False)
+    rule = ruled(decisions, workload.num_experts, int(workload.step.max(initial=0)) + 1)
+    scripts = repeat(NO_SCRIPT, len(stretches)) if decisions.scripts is None else decisions.scripts
+    prices = prices_of(workload, costs)
     resident = np.concatenate([words_of(ids, workload.num_experts) for ids in decisions.placement.experts])
     names, sequence = np.unique(workload.sequence, return_inverse=True)
     S, A, L = len(names), num_lags, workload.num_layers
@@ -85,10 +92,11 @@ def ages_of(workload: Workload, policy: Policy, budgets: tuple[int, ...], costs:
         missed=np.zeros((S, A, L), np.int64),
         late_ns=np.zeros((S, L), np.int64),
     )
-    for part in parts_of(workload):
-        script, routing = decisions.script.cut(part, L), routing_of(workload, part)
-        _walk(routing, prices.cut(part), script, rule, sequence[part], workload.block[part], walk)
-    return Ages(walk.num_pairs, walk.replaced, walk.missed, walk.late_ns)
+    for script, span in zip(scripts, stretches, strict=True):
+        routing = routing_of(workload, span)
+        forget(workload.counts)
+        _walk(routing, prices.during(span), script, rule, sequence[span], workload.block[span], walk)
+    return Drift(walk.num_pairs, walk.replaced, walk.missed, walk.late_ns)
 
 
 @compiled

@@ -1,4 +1,6 @@
-"""How sets of residents age: the compiled walk says what asking the policy says."""
+"""How sets of residents drift: the compiled walk says what asking the policy says."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
+from tidesim import windows
 from tidesim.execution import Costs
 from tidesim.policies import Shape, forwards_of, policy
-from tidesim.replay import ages_of, routing
+from tidesim.replay import drift_of
 from tidesim.residency import Residency
 from tidesim.workload import ForwardKind
 
@@ -84,21 +87,24 @@ def made_of(name):
     name=st.sampled_from(["tide", "tide-as-coded", "rlx", "lru", "all-host", "erratic"]),
     budget=st.integers(1, E),
     num_lags=st.integers(0, 5),
-    part_counts=st.sampled_from([1, 100, 1 << 24]),
+    window_cells=st.sampled_from([1, 100, 1 << 24]),
+    dtype=st.sampled_from([np.int32, np.uint8]),
 )
-def test_sets_age_as_asking_the_policy_says(seed, name, budget, num_lags, part_counts):
+def test_sets_drift_as_asking_the_policy_says(seed, name, budget, num_lags, window_cells, dtype):
     workload, budgets = workload_of(np.random.default_rng(seed), 24), (0 if name == "all-host" else budget,) * L
     held = after_each_forward(workload, made_of(name), budgets)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "_PART_COUNTS", part_counts)
-        ages = ages_of(workload, made_of(name), budgets, costs(), num_lags)
-    found = (ages.num_pairs, ages.replaced, ages.missed, ages.late_ns)
+        patch.setattr(windows, "WINDOW_CELLS", window_cells)
+        # Counts that are mapped from a file are narrower.
+        narrow = replace(workload, counts=workload.counts.astype(dtype))
+        drift = drift_of(narrow, made_of(name), budgets, costs(), num_lags)
+    found = (drift.num_pairs, drift.replaced, drift.missed, drift.late_ns)
     for ours, theirs in zip(found, by_hand(workload, held, num_lags), strict=True):
-        if num_lags or ours is not ages.late_ns:
+        if num_lags or ours is not drift.late_ns:
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_without_lags_nothing_ages():
-    ages = ages_of(workload_of(np.random.default_rng(0), 6), policy("tide"), (2, 2), costs(), 0)
-    assert ages.num_pairs.size == 0
-    assert not ages.late_ns.any()
+def test_without_lags_nothing_drifts():
+    drift = drift_of(workload_of(np.random.default_rng(0), 6), policy("tide"), (2, 2), costs(), 0)
+    assert drift.num_pairs.size == 0
+    assert not drift.late_ns.any()

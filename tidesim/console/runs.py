@@ -1,83 +1,16 @@
-"""What people see: tables and progress bars. Tables go to stdout, notes and progress to stderr."""
+"""Tables of traces, of runs side by side, and of plans."""
 
-import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Group, RenderableType
 from rich.table import Table
 
+from tidesim.console.printing import Document
 from tidesim.execution import GIB
 from tidesim.explained import critical_path_tables
 from tidesim.result import PARTS
 from tidesim.tables import facts_of, table_of
-
-Document = Mapping[str, Any]
-
-_WIDTH = 118  # where stdout is a file or a pipe, so that tables are the same wherever they are made
-
-
-def show(document: Document, tables: Callable[[Document], RenderableType], as_json: bool) -> None:
-    """Print a result: as one JSON object, or as what `tables` makes of it."""
-    if as_json:
-        print(json.dumps(document))
-        return
-    width = None if sys.stdout.isatty() else _WIDTH
-    Console(width=width, highlight=False, soft_wrap=False).print(tables(document))
-
-
-def note(text: str) -> None:
-    """Print a line that is no result."""
-    print(text, file=sys.stderr)
-
-
-class TextStream:
-    """Prints answers as they grow: called with a prompt's number and its answer so far, it prints what is new."""
-
-    def __init__(self) -> None:
-        self._number, self._said = 0, ""
-
-    def __call__(self, number: int, text: str) -> None:
-        """Print what `text` adds to what was printed of this answer."""
-        if number != self._number:
-            print(f"\n{'-' * 40}")
-            self._number, self._said = number, ""
-        # A token may change how the one before it is spelt; what stands on the screen stays.
-        print(text[len(self._said) :], end="", flush=True)
-        self._said = text
-
-
-@contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that says how many of how many are done: a bar on a terminal, nothing in a pipe."""
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield advance
-
-
-@contextmanager
-def steps(title: str) -> Iterator[Callable[[str, float], None]]:
-    """A function that says which step comes next and which share is behind: a bar on a terminal, nothing in a pipe."""
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(title, total=1.0, step="")
-
-        def advance(step: str, share: float) -> None:
-            bar.update(task, completed=share, step=step)
-
-        yield advance
-
 
 # --- traces ---
 
@@ -162,7 +95,22 @@ def statistics_tables(document: Document) -> RenderableType:
         cosines = found[key]
         shown = " ".join(f"{cosines[lag - 1]:.3f}" for lag in (1, 2, 5, 8) if lag <= len(cosines))
         table.add_row(f"cosine of counts at lag 1 2 5 8, {regime}", shown or "-", published)
-    return Group(trace_table(document["trace"]), table, _layer_table(found))
+    cache = _cache_table(document["lru_hits_and_copies"])
+    return Group(trace_table(document["trace"]), table, _layer_table(found), cache)
+
+
+def _cache_table(curve: Document) -> Table:
+    """Hits and copies beside each other, as more of the former may take more of the latter."""
+    title = "LRU cache by budget (hits do not rank policies by time)"
+    table = table_of(title, left=(), right=("experts a layer", "hits", "copies per 1000 routed pairs"))
+    most = len(curve["hits"]) - 1
+    for eighths in (1, 2, 3, 4, 6):
+        budget = most * eighths // 8
+        copies = (curve["promotions"][budget] + curve["drops"][budget]) / (
+            curve["hits"][budget] + curve["misses"][budget]
+        )
+        table.add_row(str(budget), f"{100 * curve['hit_rate'][budget]:.1f} %", f"{1000 * copies:.1f}")
+    return table
 
 
 def _layer_table(found: Document) -> Table:
@@ -197,7 +145,7 @@ def result_tables(document: Document) -> RenderableType:
         "routing" if document["is_measured"] else "trace": document["trace_origin"],
         "machine": document["hardware"],
         "execution": f"{document['execution']}, context {document['context']}" + _batch(document["batch_size"]),
-        "policy": document["policy"] + _interval(document["refresh_interval"]),
+        "policy": document["policy"] + _refreshes(document),
         "budget": f"{_per_layer(document['budget'])} experts a layer",
         "throughput": f"{document['tok_per_s']:.2f} tok/s {how} ({document['generated_tokens']} tokens "
         f"in {document['makespan_s']:.2f} s, {document['num_forwards']} forwards)",
@@ -282,8 +230,21 @@ def _ids(sequences: Sequence[int]) -> str:
     return ", ".join(map(str, sequences)) if len(sequences) <= 8 else f"{len(sequences)} sequences"
 
 
-def _interval(refresh_interval: int | Sequence[int] | None) -> str:
-    return "" if refresh_interval is None else f", refresh every {_per_layer(refresh_interval)} steps"
+def _refreshes(document: Document) -> str:
+    if document["refresh_steps"] is not None:
+        return f", refresh at {_steps(document['refresh_steps'])}"
+    interval = document["refresh_interval"]
+    return "" if interval is None else f", refresh every {_per_layer(interval)} steps"
+
+
+def _steps(refresh_steps: Sequence[int] | Sequence[Sequence[int]]) -> str:
+    """Steps of a block, the same for all layers or some for each."""
+    rows = [row for row in refresh_steps if not isinstance(row, int)]
+    common = [step for step in refresh_steps if isinstance(step, int)] if not rows else rows[0]
+    if any(row != common for row in rows):
+        lengths = [len(row) for row in rows]
+        return f"each layer's own steps of a block, {min(lengths)} to {max(lengths)} of them"
+    return f"steps {_per_layer(common)} of each block" if common else "no step"
 
 
 def _per_layer(value: int | Sequence[int]) -> str:
@@ -309,19 +270,23 @@ def plan_tables(document: Document) -> RenderableType:
         "execution": f"{chosen['execution']}, context {chosen['context']}",
         "policy": chosen["policy"],
         "budget": f"{_spread(chosen['budget'])} experts a layer, {sum(chosen['budget'])} of {document['slots']} slots",
-        "refresh": "never"
-        if chosen["refresh_interval"] is None
-        else f"every {_spread(chosen['refresh_interval'])} steps",
+        "refresh": _planned_refreshes(chosen),
         "expect": f"{document['predicted']['tok_per_s']:.2f} tok/s{score}",
         "optimal": f"in its table to {100 * document['gap']:.2g} % ({document['solver']['solver']}); "
         f"{document['num_runs']} simulated runs, {document['total_s']:.0f} s",
-        "device memory": _memory(document["memory"], chosen),
+        "device memory": _memory(document, chosen),
         "in TIDE's code": f"max_gpu_experts_per_layer={tide_code['max_gpu_experts_per_layer']}, "
         f"jump_steps={tide_code['jump_steps']}",
     }
     facts |= {f"TIDE's own programme ({tide['policy']})": _tide(tide) for tide in document["tide"]}
     runs = [{**document["predicted"], "label": "this plan"}, *_labelled(document["baselines"])]
     return Group(facts_of("Plan", facts), _ranking(document), breakdown_table(runs))
+
+
+def _planned_refreshes(chosen: Document) -> str:
+    if chosen["refresh_steps"] is not None:
+        return f"at {_steps(chosen['refresh_steps'])}"
+    return "never" if chosen["refresh_interval"] is None else f"every {_spread(chosen['refresh_interval'])} steps"
 
 
 def _ranking(document: Document) -> Table:
@@ -359,8 +324,9 @@ def _spread(values: Sequence[int]) -> str:
     return ", ".join(f"{value} ({count} layers)" for value, count in counts)
 
 
-def _memory(memory: Document, chosen: Document) -> str:
-    experts = sum(chosen["budget"]) * chosen["model"]["expert_bytes"]
+def _memory(document: Document, chosen: Document) -> str:
+    memory = document["memory"]
+    experts = (sum(chosen["budget"]) + document["scratch"]) * chosen["model"]["expert_bytes"]
     parts = {
         "experts": experts,
         "other weights": memory["non_experts"],
@@ -375,115 +341,3 @@ def _memory(memory: Document, chosen: Document) -> str:
 def _tide(tide: Document) -> str:
     fit = tide["fit"]
     return f"refresh every {tide['interval']} steps at budget {tide['budget']} (drift d = {fit['drift']:.3f} a step)"
-
-
-# --- studies ---
-
-
-def sweep_tables(document: Document) -> RenderableType:
-    """A study: how many cases went how, who is fastest on each machine, and what more memory buys there."""
-    facts = {
-        "traces": ", ".join(f"{name} ({origin})" for name, origin in document["traces"].items()),
-        "sizes of": ", ".join(document["models"]),
-        "results": f"{document['csv']} and results.parquet beside it",
-        "cases": f"{document['num_rows']}: {document['infeasible']} infeasible, {document['failed']} failed",
-    }
-    front = document["pareto"]
-    tables = [
-        _sweep_table("Fastest on each machine", document["best"], document["varied"]),
-        _sweep_table("Fastest for their memory: none is as fast with less", front[:_MOST_ROWS], document["varied"]),
-    ]
-    more = [f"{len(front) - _MOST_ROWS} more rows: tidesim.study.pareto gives all."] if len(front) > _MOST_ROWS else []
-    return Group(facts_of("Study", facts), *tables, *more)
-
-
-_MOST_ROWS = 40
-
-
-def _sweep_table(title: str, rows: Sequence[Document], varied: Sequence[str]) -> Table:
-    """Rows of a study, with those settings that it varies."""
-    right = ("refresh", "budget", "tok/s", "hits", "device GiB")
-    table = table_of(title, left=("machine", *(name.replace("_", " ") for name in varied)), right=right)
-    for row in rows:
-        table.add_row(
-            row["machine"],
-            *(str(row[name]) for name in varied),
-            "-" if row["refresh_interval"] is None else str(row["refresh_interval"]),
-            str(row["budget"]),
-            f"{row['tok_per_s']:.2f}",
-            f"{100 * row['hit_rate']:.1f} %",
-            f"{row['device_memory_bytes'] / GIB:.2f}",
-        )
-    return table
-
-
-# --- measured against predicted ---
-
-
-def profile_tables(document: Document) -> RenderableType:
-    """A calibrated profile: every figure with the spread of its samples, as its source tells."""
-    facts = {
-        "profile": document["path"],
-        "machine": document["description"],
-        "check": f"a real denoising step is predicted {100 * document['step_error']:+.1f} % off",
-    }
-    table = table_of("Figures", left=("figure",), right=("value",))
-    table.add_column("how", overflow="fold")
-    for path, figure in _figures(document):
-        table.add_row(path, figure["value"], figure["source"])
-    return Group(facts_of("Calibrated", facts), table)
-
-
-def _figures(node: Document, path: str = "") -> Iterator[tuple[str, dict[str, str]]]:
-    """The figures and curves of a profile by their dotted path; a curve's value is its rates."""
-    for name, below in node.items():
-        here = f"{path}.{name}" if path else name
-        if not isinstance(below, Mapping):
-            continue
-        if "source" not in below:
-            yield from _figures(below, here)
-            continue
-        shown = (
-            f"{below['value']:.4g}"
-            if "value" in below
-            else " ".join(f"{rows}:{rate:.3g}" for rows, rate in zip(below["rows"], below["gflops"], strict=True))
-        )
-        yield here, {"value": shown, "source": below["source"]}
-
-
-def validation_tables(document: Document) -> RenderableType:
-    """Predicted and measured side by side, and how well they agree over the whole grid."""
-    right = ("predicted, tok/s", "measured, tok/s", "error", "spread", "at one speed", "error", "spread", "differences")
-    table = table_of("Predicted and measured", left=("case",), right=right)
-    for row in document["rows"]:
-        table.add_row(
-            row["case"],
-            f"{row['predicted_tok_per_s']:.3f}",
-            f"{row['measured_tok_per_s']:.3f}",
-            f"{100 * row['error']:+.1f} %",
-            f"{100 * row['spread']:.1f} %",
-            f"{row['steady_tok_per_s']:.3f}",
-            f"{100 * row['steady_error']:+.1f} %",
-            f"{100 * row['steady_spread']:.1f} %",
-            str(row["num_differences"]),
-        )
-    facts = {
-        "model": document["model"],
-        "routing": document["trace_origin"],
-        "machine": f"{document['machine']}; profile {document['profile']}",
-        "cases": f"{document['num_cases']}, {document['num_forwards']} forwards each",
-        "as measured": _agreement(document),
-        "at one speed": f"{_agreement(document['steady'])}; each run brought to the speed of the calibration by a "
-        "yardstick timed beside it",
-        "decisions": f"{document['num_differences']} differ between engine and simulator",
-    }
-    return Group(table, facts_of("Agreement", facts))
-
-
-def _agreement(figures: Document) -> str:
-    return (
-        f"error median {100 * figures['median_error']:.1f} %, worst {100 * figures['worst_error']:.1f} %; "
-        f"Kendall's tau {figures['kendall_tau']:.3f}; median spread of repeats {100 * figures['median_spread']:.1f} %; "
-        f"of {figures['num_told_apart']} pairs of cases that repeats tell apart, "
-        f"{100 * figures['ranked_alike']:.1f} % are ranked alike"
-    )
