@@ -39,7 +39,7 @@ class Programme:
         is_active, everywhere = relaxation.host > 0, np.ones(shape, np.bool_)
         is_last = np.arange(shape[0])[:, None, None] == shape[0] - 1
         self.resident = self.columns(everywhere)
-        self.enters = self.columns(~is_last & (is_active | relaxation.is_background))
+        self.enters = self.columns(~is_last & (is_active | relaxation.is_background | relaxation.is_parallel))
         self.fetched, self.on_device = self.columns(is_active), self.columns(is_active)
         self.dropped = self.columns(~is_last & everywhere & (relaxation.evict > 0))
         self.layer = self.columns(np.ones(shape[:2], np.bool_))
@@ -91,7 +91,7 @@ class Programme:
             self.limit([(self.resident.reshape(F * L, E), 1)], np.tile(budgets, F))
 
     def times(self) -> None:
-        """A layer takes as long as each of its sides, or as both together."""
+        """A layer takes as long as each of its sides, or as both together; the device's has blocking copies in it."""
         relaxation = self.relaxation
         F, L, E = relaxation.host.shape
         columns, layer = self.on_device.reshape(F * L, E), self.layer.reshape(-1, 1)
@@ -99,7 +99,9 @@ class Programme:
         device_fixed = relaxation.device_fixed.ravel()
         all_on_host = relaxation.host_fixed.ravel() + host.sum(axis=1)
         if relaxation.is_parallel:
-            self.limit([(columns, device), (layer, -1)], -device_fixed)
+            copied = [] if relaxation.is_background else [self.enters, self.fetched]
+            copies = [(each.reshape(F * L, E), relaxation.promote) for each in copied]
+            self.limit([(columns, device), *copies, (layer, -1)], -device_fixed)
             self.limit([(columns, -host), (layer, -1)], -all_on_host)
         else:
             self.limit([(columns, device - host), (layer, -1)], -device_fixed - all_on_host)
@@ -117,7 +119,7 @@ class Programme:
         objective = np.zeros(self.num_columns)
         objective[self.layer] = 1.0
         if not relaxation.is_background:
-            for columns in (self.enters, self.fetched):
+            for columns in () if relaxation.is_parallel else (self.enters, self.fetched):
                 objective[columns[columns >= 0]] = relaxation.promote
             objective[self.dropped[self.dropped >= 0]] = relaxation.evict
         upper = np.ones(self.num_columns)

@@ -24,7 +24,7 @@ RANKS = (
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
     ("timing", "critical_path", "alternatives"),
     ("what_if",),
-    ("planner", "explained"),
+    ("planner", "explained", "scored"),
     ("comparison", "exports", "study"),
     ("engine", "report", "console"),
     ("validate",),

@@ -9,6 +9,7 @@ Letters: F forwards, L MoE layers, E experts.
 """
 
 from itertools import count
+from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
@@ -43,11 +44,20 @@ class Multipliers(NamedTuple):
     slot: Floats
 
 
-def ascend(relaxation: Relaxed, slots: Floats) -> float:
-    """The best bound found on the makespan, in ns.
+class Ascent(NamedTuple):
+    """The best bound found on the makespan, after how many iterations, and whether more would hardly raise it."""
+
+    bound_ns: float
+    num_iterations: int
+    is_settled: bool
+
+
+def ascend(relaxation: Relaxed, slots: Floats, time_limit_s: float | None = None) -> Ascent:
+    """The best bound that is found within `time_limit_s`, or until it is settled; at least one iteration is made.
 
     `slots` is [L], or [1] if all layers share them.
     """
+    start_s = monotonic()
     multipliers, scales = first_multipliers(relaxation, slots)
     steps = _Steps(scales)
     best = reached = -np.inf
@@ -58,10 +68,11 @@ def ascend(relaxation: Relaxed, slots: Floats) -> float:
         if iteration % WINDOW == 0:
             size = size / 2 if best - reached <= PROGRESS * abs(best) else size
             reached = best
-        if size < LAST_STEP:
+        is_settled = size < LAST_STEP
+        if is_settled or (time_limit_s is not None and monotonic() - start_s >= time_limit_s):
             break
         multipliers = steps.move(multipliers, slopes, size)
-    return best
+    return Ascent(best, iteration, is_settled)
 
 
 def bound(relaxation: Relaxed, slots: Floats, multipliers: Multipliers) -> tuple[float, Multipliers]:
@@ -83,7 +94,7 @@ def _prices(relaxation: Relaxed, multipliers: Multipliers) -> Prices:
     side, link, slot = multipliers
     counted = 1 - link[:, None]
     on_device, on_host = _weights(relaxation, side)
-    copy = relaxation.promote * (link if relaxation.is_background else np.ones_like(link))
+    copy = relaxation.promote * (link[:, None] if relaxation.is_background else on_device)
     return Prices(counted * on_device, counted * on_host, copy, slot)
 
 
@@ -93,10 +104,11 @@ def _slopes(relaxation: Relaxed, slots: Floats, multipliers: Multipliers, paths:
     on_device, on_host = _weights(relaxation, multipliers.side)
     forward = relaxation.dense + (on_device * device + on_host * host).sum(axis=1)
     copies, residents = relaxation.promote * paths.num_copies, paths.num_residents
+    on_side = 0 if relaxation.is_background else copies
     is_pooled = multipliers.slot.shape != residents.shape
     return Multipliers(
-        side=(1 - multipliers.link[:, None]) * (device - host) * relaxation.is_parallel,
-        link=(copies - forward) * relaxation.is_background,
+        side=((1 - multipliers.link[:, None]) * (device - host) + on_side) * relaxation.is_parallel,
+        link=(copies.sum(axis=1) - forward) * relaxation.is_background,
         slot=(residents.sum(axis=1, keepdims=True) if is_pooled else residents) - slots,
     )
 
@@ -166,7 +178,7 @@ def _saving(relaxation: Relaxed, prices: Prices, number: int) -> Floats:
     """What it saves to have each expert on the device in the forwards of a part, at most what a copy costs."""
     span, (device, host) = relaxation.spans[number], relaxation.part(number)
     saving = prices.host[span, :, None] * host - prices.device[span, :, None] * device
-    saved: Floats = np.clip(saving, 0, prices.copy[span, None, None])
+    saved: Floats = np.clip(saving, 0, prices.copy[span, :, None])
     return saved
 
 

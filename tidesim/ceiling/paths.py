@@ -22,7 +22,7 @@ class Prices(NamedTuple):
     Parameters
     ----------
     device, host : [F, L], for each ns that it is computed there.
-    copy : [F], for a copy to the device during the forward.
+    copy : [F, L] or [F, 1], for a copy to the device during the forward.
     slot : [F, L] or [F, 1], for being in a slot just before the forward.
     """
 
@@ -38,7 +38,7 @@ class Paths(NamedTuple):
     Parameters
     ----------
     device, host : [F, L], the times of those that the device computes, and of those that the host does.
-    num_copies : [F], experts that are copied during the forward, into a slot or just for this once.
+    num_copies : [F, L], experts that are copied during the forward, into a slot or just for this once.
     num_residents : [F, L], experts that are in a slot just before the forward.
     """
 
@@ -64,7 +64,7 @@ def cheapest_paths(relaxation: Relaxed, prices: Prices) -> Paths:
     """
     cost, is_here, choices = _look_back(relaxation, prices)
     F, L, _ = relaxation.shape
-    paths = Paths(cost, np.empty((F, L)), np.empty((F, L)), np.empty(F, np.int64), np.empty((F, L), np.int64))
+    paths = Paths(cost, *np.empty((2, F, L)), *np.empty((2, F, L), np.int64))
     for number, span in enumerate(relaxation.spans):
         device, host = relaxation.part(number)
         is_resident, is_copied, is_on_device = (np.empty(host.shape, np.bool_) for _ in range(3))
@@ -78,7 +78,7 @@ def cheapest_paths(relaxation: Relaxed, prices: Prices) -> Paths:
             is_here = comes | (is_here & _is(chosen, KEEPS))
         paths.device[span] = np.einsum("fle,fle->fl", device, is_on_device)
         paths.host[span] = np.einsum("fle,fle->fl", host, ~is_on_device)
-        paths.num_copies[span] = np.count_nonzero(is_copied, axis=(1, 2))
+        paths.num_copies[span] = np.count_nonzero(is_copied, axis=2)
         paths.num_residents[span] = np.count_nonzero(is_resident, axis=2)
     return paths
 
@@ -94,7 +94,7 @@ def _look_back(relaxation: Relaxed, prices: Prices) -> tuple[float, Mask, Choice
         for forward in range(span.stop - 1, span.start - 1, -1):
             device = device_part[forward - span.start] * prices.device[forward][:, None]
             host = host_part[forward - span.start] * prices.host[forward][:, None]
-            copy, leave = prices.copy[forward], absent + relaxation.evict
+            copy, leave = prices.copy[forward][:, None], absent + relaxation.evict
             chosen = _bit(device <= host, PREFERS_DEVICE)
             computed = np.minimum(device, host)
             device += copy

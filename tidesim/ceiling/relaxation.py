@@ -64,7 +64,8 @@ class Relaxation:
     device_fixed, host_fixed : [F, L], what either side takes besides.
     promote, evict : one copy to a slot, and one out of it.
     is_parallel : whether the host works beside the device.
-    is_background : whether copies run beside everything else, one after another. Else nothing runs beside them.
+    is_background : whether copies run beside everything else, one after another. Else nothing runs beside them but a
+        parallel host: experts that are fetched come one after another on the device's side of their layer.
     """
 
     dense: Floats
@@ -100,7 +101,9 @@ class Relaxation:
         device, alone, overhead_ns = _device(counts, costs)
         host, call = _host(workload, costs)
         fixed = (np.full(call.shape, float(overhead_ns)), call)
-        device, device_fixed, host, host_fixed = _share_fixed(counts > 0, device, alone, host, fixed, is_parallel)
+        # Copies on the device's side would be forgotten by what makes sharing safe.
+        is_free = is_parallel and is_background
+        device, device_fixed, host, host_fixed = _share_fixed(counts > 0, device, alone, host, fixed, is_free)
         return cls(
             dense=_dense(workload, costs),
             device=device,
@@ -108,8 +111,9 @@ class Relaxation:
             device_fixed=device_fixed,
             host_fixed=host_fixed,
             promote=float(costs.promote_ns),
-            # Background write-back has a lane of its own that nobody need wait for.
-            evict=0.0 if is_background else float(costs.evict_ns),
+            # Background write-back has a lane of its own that nobody need wait for. Beside a parallel host it may be
+            # part of a side that ends early, of any layer where slots are shared.
+            evict=0.0 if is_background or is_parallel else float(costs.evict_ns),
             is_parallel=is_parallel,
             is_background=is_background,
         )
@@ -215,7 +219,7 @@ def _share_fixed(
     alone: Floats,
     host: Floats,
     fixed: tuple[Floats, Floats],
-    is_parallel: bool,
+    is_free: bool,
 ) -> tuple[Floats, Floats, Floats, Floats]:
     """What a side takes once, whatever its experts: charged to the layer where that is safe, else to the experts.
 
@@ -225,14 +229,15 @@ def _share_fixed(
     layer takes H >= w (fixed) + (1 - w) H if H >= fixed, H being that of all experts. With experts on the device but no
     resident, all of those were fetched and run alone, and what each takes more than in a group may not make up for the
     fixed part: that can be so for few of them only, and then H, that of the others, must be at least what those few
-    take in a group. The same with the sides changed holds for the host. In serial the argument fails.
+    take in a group. The same with the sides changed holds for the host. In serial the argument fails,
+    and where copies are part of the device's side; it `is_free` of both otherwise.
     """
     device_once, host_once = fixed
-    is_safe = is_parallel & _is_always_due(is_active, device, alone - device, host, device_once, host_once)
+    is_safe = is_free & _is_always_due(is_active, device, alone - device, host, device_once, host_once)
     device, device_fixed = _spread(device, device_once, is_safe, is_active)
     # An expert that was fetched may run alone, without the others' kernel.
     device = np.minimum(device, alone)
-    is_safe = is_parallel & (device_fixed + device.sum(axis=2) >= host_once)
+    is_safe = is_free & (device_fixed + device.sum(axis=2) >= host_once)
     host, host_fixed = _spread(host, host_once, is_safe, is_active)
     return device, device_fixed, host, host_fixed
 

@@ -27,12 +27,16 @@ class Ceiling:
     generated_tokens : those of the workload.
     budgets : slots of each layer, [L].
     is_pooled : whether all layers may share the slots of all.
+    num_iterations, is_settled : after how many iterations the search for the best bound ended, and whether more would
+        hardly have raised it. If not, it was out of time: the bound holds all the same, and is looser.
     """
 
     makespan_ns: int
     generated_tokens: int
     budgets: tuple[int, ...]
     is_pooled: bool
+    num_iterations: int
+    is_settled: bool
 
     @property
     def tok_per_s(self) -> float:
@@ -40,7 +44,14 @@ class Ceiling:
         return self.generated_tokens / (self.makespan_ns * 1e-9)
 
 
-def time_ceiling(workload: Workload, costs: Costs, budget: int | Sequence[int], *, is_pooled: bool = False) -> Ceiling:
+def time_ceiling(
+    workload: Workload,
+    costs: Costs,
+    budget: int | Sequence[int],
+    *,
+    is_pooled: bool = False,
+    time_limit_s: float | None = None,
+) -> Ceiling:
     """A time below which no policy can run `workload` with the durations of `costs`.
 
     It holds for every policy that `simulate` can run, in every run of the same workload, costs and budgets: whoever is
@@ -52,6 +63,7 @@ def time_ceiling(workload: Workload, costs: Costs, budget: int | Sequence[int], 
     - A resident may be computed by the host too, where that is faster.
     - In the background, copies fit into the forward that they begin in, or anywhere between there and the first use;
       evictions are never waited for, with write-back either.
+    - Blocking copies with a parallel host all run beside it, those of a refresh too, and evictions take no time.
     - Memory that device, host and copies share slows nobody.
     - A share of an expert may be moved, and kernels, launches and calls share their fixed parts; see `relaxation`.
 
@@ -60,6 +72,8 @@ def time_ceiling(workload: Workload, costs: Costs, budget: int | Sequence[int], 
     costs : of the execution that runs the workload, for at least as many rows.
     budget : slots, one number or one per MoE layer.
     is_pooled : whether all layers may share the slots of all.
+    time_limit_s : when to stop looking for a better bound; None: when hardly any better one is to be found. How good
+        the bound is then depends on how fast the machine is.
 
     Raise InputError if workload and costs do not fit together or there is no forward, BudgetError if a budget is not
     in 0..E.
@@ -68,12 +82,14 @@ def time_ceiling(workload: Workload, costs: Costs, budget: int | Sequence[int], 
     check_budgets(budgets, workload.num_experts)
     _check_fit(workload, costs)
     slots = np.array([sum(budgets)] if is_pooled else budgets, np.float64)
-    bound_ns = ascend(RelaxedRun(workload, costs), slots)
+    found = ascend(RelaxedRun(workload, costs), slots, time_limit_s)
     return Ceiling(
-        makespan_ns=floor(bound_ns * (1 - _FLOAT_SLACK)),
+        makespan_ns=floor(found.bound_ns * (1 - _FLOAT_SLACK)),
         generated_tokens=workload.generated_tokens,
         budgets=budgets,
         is_pooled=is_pooled,
+        num_iterations=found.num_iterations,
+        is_settled=found.is_settled,
     )
 
 

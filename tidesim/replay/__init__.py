@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidesim.replay.curves import Curve, lru_curve, tide_as_coded_curves, tide_curves
+    from tidesim.replay.drift import drift_of
     from tidesim.replay.replaying import Replayer, compile_now, is_compiled, is_contended, replay
 
 __all__ = [
     "Curve",
     "Replayer",
     "compile_now",
+    "drift_of",
     "is_compiled",
     "is_contended",
     "lru_curve",
@@ -34,11 +36,11 @@ __all__ = [
     "tide_curves",
 ]
 
-_CURVES = ("Curve", "lru_curve", "tide_as_coded_curves", "tide_curves")
+_HOMES = dict.fromkeys(("Curve", "lru_curve", "tide_as_coded_curves", "tide_curves"), "curves") | {"drift_of": "drift"}
 
 
 def __getattr__(name: str) -> Any:
     # Importing numba takes longer than most commands, so only who replays waits for it.
     if name in __all__:
-        return getattr(import_module(f"tidesim.replay.{'curves' if name in _CURVES else 'replaying'}"), name)
+        return getattr(import_module(f"tidesim.replay.{_HOMES.get(name, 'replaying')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
