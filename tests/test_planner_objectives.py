@@ -156,7 +156,7 @@ def hand_made_table(times) -> Table:
             self.layer_parts_ns = (*((time_ns,) for time_ns in layers), (0,))
 
     assert workload.num_layers == 1
-    return Table("static", {(b, None): Outcome(Result(layers), np.zeros((0, 3))) for b, layers in times.items()})
+    return Table("static", {(b, None): Outcome(Result(layers), np.zeros((0, 3)), ()) for b, layers in times.items()})
 
 
 def test_neighbours_differ_in_one_thing_fit_and_come_most_promising_first():

@@ -46,8 +46,13 @@ def timed_by_sequence(
     """
     spent = np.zeros((workload.num_forwards, workload.num_layers + 1), np.int64)
     result = timed(workload, model, hardware, policy, spent=spent, **settings)
+    return result, by_sequence(workload, spent)
+
+
+def by_sequence(workload: Workload, spent: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    """`spent`, of `timed`, added up over each sequence in the order of the workload, ns."""
     begins = np.flatnonzero(np.diff(workload.sequence, prepend=-1))
-    return result, tuple(np.add.reduceat(spent.sum(axis=1), begins).tolist())
+    return tuple(np.add.reduceat(spent.sum(axis=1), begins).tolist())
 
 
 @lru_cache(maxsize=_KEPT_WORKLOADS)

@@ -10,6 +10,7 @@ from tidesim.console.printing import Document
 from tidesim.console.runs import breakdown_table, shown_steps
 from tidesim.execution import GIB
 from tidesim.explained import critical_path_tables, near_optimal_table, shadow_price_table
+from tidesim.scored import judgement_tables, tide_tables
 from tidesim.tables import facts_of, table_of
 
 
@@ -33,9 +34,10 @@ def plan_tables(document: Document) -> RenderableType:
         "in TIDE's code": f"max_gpu_experts_per_layer={tide_code['max_gpu_experts_per_layer']}, "
         f"jump_steps={tide_code['jump_steps']}",
     }
-    facts |= {f"TIDE's own programme ({tide['policy']})": _tide(tide) for tide in document["tide"]}
     runs = [{**document["predicted"], "label": "this plan"}, *_labelled(document["baselines"])]
-    return Group(facts_of("Plan", facts), _ranking(document), breakdown_table(runs), *_explained(document))
+    return Group(
+        facts_of("Plan", facts), _ranking(document), breakdown_table(runs), *_judged(document), *_explained(document)
+    )
 
 
 def _proof(document: Document) -> str:
@@ -56,6 +58,12 @@ def _rescored(document: Document) -> str:
         return around
     programme = f"the programme's choice runs in {document['programme_s']:.3f} s"
     return f"{programme}, the plan in {document['after_s']:.3f} s; {around}"
+
+
+def _judged(document: Document) -> list[RenderableType]:
+    """How sure the score is, and what TIDE's own programme says."""
+    judged = [] if document["judgement"] is None else [judgement_tables(document["judgement"])]
+    return [*judged, *(tide_tables(tide) for tide in document["tide"])]
 
 
 def _explained(document: Document) -> list[RenderableType]:
@@ -153,8 +161,3 @@ def _memory(document: Document, chosen: Document) -> str:
     }
     listed = " + ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in parts.items())
     return f"{listed} = {sum(parts.values()) / GIB:.2f} GiB of {chosen['hardware']['device_memory_bytes'] / GIB:.2f}"
-
-
-def _tide(tide: Document) -> str:
-    fit = tide["fit"]
-    return f"refresh every {tide['interval']} steps at budget {tide['budget']} (drift d = {fit['drift']:.3f} a step)"

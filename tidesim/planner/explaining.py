@@ -1,12 +1,19 @@
-"""Why a plan is as fast as it is: what its run waits for, what more would give, and what is simpler and as good."""
+"""How far a plan is to be trusted, and why it is as fast as it is.
 
-from collections.abc import Sequence
+It is judged on held-out sequences: against its rivals, the best of many choices in hindsight, and what no policy can
+beat. It is explained by what its run waits for, what more of something would give, and what is simpler and as good.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tidesim.alternatives import Candidate, moving_of, near_optimal
+from tidesim.ceiling import time_ceiling
 from tidesim.critical_path import CriticalPath, critical_path
+from tidesim.execution import Costs
 from tidesim.planner.runs import Case, Runs
+from tidesim.planner.scoring import Judgement, Sample, judge, sample_of
 from tidesim.what_if import ShadowPrice, shadow_prices
 
 # What one may give up for something simpler.
@@ -54,6 +61,34 @@ def explain(runs: Runs, winner: Case, ranked: Sequence[Case], reserve_bytes: int
     )
 
 
+# Choices that are tried in hindsight, the best by the tuned sequences; and seconds for the ceiling, whose every iterate
+# is one.
+_FAMILY = 12
+_CEILING_S = 2.0
+
+
+def judge_plan(
+    runs: Runs, winner: Case, ranked: Sequence[Case], rivals: Mapping[str, Case], tokens: Sequence[int]
+) -> Judgement:
+    """`winner` on the held-out sequences, which generate so many `tokens` each."""
+    setting = runs.setting
+    workload = setting.workloads[setting.held_out]
+    named = {_described(case): case for case in reversed((winner, *ranked))}
+    family = [*list(reversed(named.values()))[:_FAMILY], *rivals.values()]
+
+    def sample(case: Case) -> Sample:
+        return sample_of(runs.outcomes([case._replace(sequences=setting.held_out)])[0].sequence_ns, tokens)
+
+    costs = Costs(setting.model, setting.hardware, setting.execution, int(workload.tokens.max()))
+    return judge(
+        sample(winner),
+        {name: sample(case) for name, case in rivals.items()},
+        family={_described(case): sample(case) for case in dict.fromkeys(family)},
+        ceiling=time_ceiling(workload, costs, winner.budget, is_pooled=True, time_limit_s=_CEILING_S),
+        seed=setting.seed,
+    )
+
+
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The fastest of those that are called alike."""
     fastest: dict[str, Candidate] = {}
@@ -65,15 +100,19 @@ def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _candidate(runs: Runs, case: Case) -> Candidate:
-    budget = str(case.budget[0]) if len(set(case.budget)) == 1 else f"{min(case.budget)} to {max(case.budget)}"
-    interval = ""
-    if case.interval is not None:
-        steps = sorted(set(case.interval))
-        interval = f", every {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " steps"
     return Candidate(
-        description=f"{case.policy}, {budget} experts a layer{interval}",
+        description=_described(case),
         moving=moving_of(runs.setting.policy(case)),
         budget=case.budget,
         refresh_interval=case.interval,
         tok_per_s=runs.result(case).tok_per_s,
     )
+
+
+def _described(case: Case) -> str:
+    budget = str(case.budget[0]) if len(set(case.budget)) == 1 else f"{min(case.budget)} to {max(case.budget)}"
+    interval = ""
+    if case.interval is not None:
+        steps = sorted(set(case.interval))
+        interval = f", every {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " steps"
+    return f"{case.policy}, {budget} experts a layer{interval}"

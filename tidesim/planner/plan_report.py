@@ -11,6 +11,7 @@ from tidesim.execution import DeviceMemory
 from tidesim.planner.explaining import Explanation
 from tidesim.planner.integer_programme import SolverReport
 from tidesim.planner.plan_file import Plan
+from tidesim.planner.scoring import Judgement
 from tidesim.planner.tide_programme import TideProgramme
 from tidesim.result import RunResult
 
@@ -145,6 +146,7 @@ class PlanReport:
     baselines : on the same sequences, fastest first.
     programmes : one per policy; that of the plan's policy is `programme`, None if it found nothing.
     rescored : how the plan came about from the programmes.
+    judgement : how the plan does on held-out sequences and how sure that is; with the explanation.
     explanation : why it is as fast as it is, if that was asked for.
     tide : TIDE's own programme, one per policy that refreshes, each simulated among the baselines.
     split, trace_origin : which sequences were used, and where they come from.
@@ -161,6 +163,7 @@ class PlanReport:
     baselines: tuple[Baseline, ...]
     programmes: tuple[Programme, ...]
     rescored: Rescored
+    judgement: Judgement | None
     explanation: Explanation | None
     tide: tuple[TideProgramme, ...]
     split: Split
@@ -195,6 +198,7 @@ class PlanReport:
             "solve_s": self.solve_s,
             "total_s": self.total_s,
             "rescored": asdict(self.rescored),
+            "judgement": None if self.judgement is None else self.judgement.to_dict(),
             "explanation": None if self.explanation is None else self.explanation.to_dict(),
             "programmes": [programme.to_dict() for programme in self.programmes],
             "tide": [programme.to_dict() for programme in self.tide],

@@ -20,7 +20,7 @@ from tidesim.execution import Execution, check_memory
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.planner.candidates import find_candidates
-from tidesim.planner.explaining import explain
+from tidesim.planner.explaining import explain, judge_plan
 from tidesim.planner.integer_programme import SolverName
 from tidesim.planner.objectives import Objective
 from tidesim.planner.plan_fields import POLICY_NAMES
@@ -28,6 +28,7 @@ from tidesim.planner.plan_file import Machine, ModelSizes, Plan, Prediction, Pro
 from tidesim.planner.plan_report import Baseline, PlanReport, Programme, Rescored, Split, split_sequences
 from tidesim.planner.room import Room, measure_room
 from tidesim.planner.runs import Case, Known, Runs, Setting, make_policy
+from tidesim.planner.scoring import Judgement
 from tidesim.planner.search import Found, search
 from tidesim.policies import Shape
 from tidesim.policies.foresight import learn
@@ -143,6 +144,9 @@ def plan(
             baselines=baselines,
             programmes=_programmes(runs, found),
             rescored=_rescored(runs, found),
+            judgement=_judgement(runs, found, trace, split.held_out, demand)
+            if is_explained and split.held_out
+            else None,
             explanation=explain(runs, found.winner, found.ranked, reserve_bytes) if is_explained else None,
             tide=found.tide,
             split=split,
@@ -258,6 +262,15 @@ def _rescored(runs: Runs, found: Found) -> Rescored:
         before_s=runs.result(found.start).makespan_s,
         after_s=runs.result(found.winner).makespan_s,
     )
+
+
+def _judgement(runs: Runs, found: Found, trace: Trace, held_out: Sequence[int], demand: Demand) -> Judgement:
+    """How the plan does on the held-out sequences, and how sure that is."""
+    model, execution = runs.setting.model, runs.setting.execution
+    tokens = [_load(trace, model, execution, [sequence], demand).generated_tokens for sequence in held_out]
+    together = [sum(tokens[begin : begin + demand.batch_size]) for begin in range(0, len(tokens), demand.batch_size)]
+    rivals = {rival.name: rival.case for rival in found.rivals if not rival.is_reference}
+    return judge_plan(runs, found.winner, found.ranked, rivals, together)
 
 
 def _make_plan(

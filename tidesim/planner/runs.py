@@ -20,7 +20,7 @@ from tidesim.moe import MoEConfig
 from tidesim.policies import Policy, policy
 from tidesim.policies.foresight import Learnt
 from tidesim.result import RunResult
-from tidesim.timing import timed
+from tidesim.timing import by_sequence, timed
 from tidesim.workers import Progress, Workers
 from tidesim.workload import ForwardKind, Workload
 
@@ -81,7 +81,7 @@ class Setting:
             seed=self.seed,
             is_memory_checked=False,
         )
-        return Outcome(result, by_block(workload, spent))
+        return Outcome(result, by_block(workload, spent), by_sequence(workload, spent))
 
     def policy(self, case: Case) -> Policy:
         """A policy object for a case, which knows no more than it may of the sequences that it is run on."""
@@ -89,10 +89,17 @@ class Setting:
 
 
 class Outcome(NamedTuple):
-    """What came of a run, and the time of each block: int64 [blocks, L + 1], ns by layer, and outside the layers."""
+    """What came of a run.
+
+    Parameters
+    ----------
+    block_ns : int64 [blocks, L + 1], the time of each block by layer, and outside the layers.
+    sequence_ns : the time of each sequence; sequences that run together are one.
+    """
 
     result: RunResult
     block_ns: npt.NDArray[np.int64]
+    sequence_ns: tuple[int, ...]
 
     @property
     def slowest_block_ns(self) -> int:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.compiling import Whole, compiled, inlined
 from tidesim.execution import Costs
 from tidesim.paper_run import check_counts
 from tidesim.policies import Policy, Shape
 from tidesim.replay.bits import Words, ones, put, take, words_of
-from tidesim.replay.compiling import Whole, compiled, inlined
 from tidesim.replay.prices import prices_of
 from tidesim.replay.routing import routing_of
 from tidesim.replay.rules import SCRIPTED, observe, refresh, ruled, serve
