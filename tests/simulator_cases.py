@@ -89,6 +89,10 @@ def cases(draw: st.DrawFn):
     }
     takes = inspect.signature(POLICIES[name]).parameters if name in POLICIES else {}
     params |= {param: draw(drawn[param]) for param in takes if param in drawn}
+    if "refresh_steps" in takes and draw(st.booleans()):
+        steps = st.sets(st.integers(0, 5), max_size=4).map(sorted)
+        del params["refresh_interval"]
+        params["refresh_steps"] = draw(st.one_of(steps, st.lists(steps, min_size=num_layers, max_size=num_layers)))
     if name == "erratic":
         params = {"scope": draw(st.sampled_from(["layer", "network"])), "scratch": draw(st.integers(1, 3))}
     choices = {
@@ -125,5 +129,6 @@ def run_case(case, **changes):
         execution=used,
         decisions=changes.get("decisions"),
         timeline=changes.get("timeline"),
+        tasks=changes.get("tasks"),
         is_memory_checked=False,
     )

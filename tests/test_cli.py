@@ -17,7 +17,17 @@ from tidesim.synthesize import synthesize
 
 RESULT_KEYS = {
     *("tok_per_s", "makespan_s", "num_forwards", "generated_tokens", "hit_rate", "hits", "misses", "promotions"),
-    *("evictions", "h2d_bytes", "d2h_bytes", "breakdown_s", "busy_share", "policy", "budget", "refresh_interval"),
+    *(
+        "evictions",
+        "h2d_bytes",
+        "d2h_bytes",
+        "breakdown_s",
+        "busy_share",
+        "policy",
+        "budget",
+        "refresh_interval",
+        "refresh_steps",
+    ),
     *("execution", "context", "batch_size", "hardware", "model", "trace_origin", "seed", "version"),
 }
 
@@ -68,7 +78,14 @@ def test_simulate_reports_every_key_and_parts_that_add_up(run: Run, base: tuple[
     assert sum(result["breakdown_s"].values()) == pytest.approx(result["makespan_s"], rel=1e-12)
     assert result["model"] == "routing of llada2-tiny at the sizes of llada2.0-mini"
     assert result["trace_origin"] == "synthetic"
-    assert (result["budget"], result["refresh_interval"]) == (64, 4)
+    assert (result["budget"], result["refresh_interval"], result["refresh_steps"]) == (64, 4, None)
+
+
+def test_simulate_refreshes_at_the_steps_that_are_listed(base: tuple[str, ...], run: Run) -> None:
+    asked = (*base, "--policy", "tide", "--budget", 16)
+    code, out, _ = run(*asked, "--refresh-steps", "0,1,4", "--json")
+    assert (code, json.loads(out)["refresh_interval"], json.loads(out)["refresh_steps"]) == (0, None, [0, 1, 4])
+    assert "refresh at steps 0,1,4 of each block" in run(*asked, "--refresh-steps", "0,1,4")[1]
 
 
 def test_the_replay_says_what_the_simulator_says(base: tuple[str, ...], run: Run, tmp_path: Path) -> None:
@@ -102,6 +119,22 @@ def test_decisions_and_timeline_are_written(run: Run, tmp_path: Path, base: tupl
     assert sum(line["hits"] for line in lines) == result["hits"]
     events = json.loads(timeline.read_text())["traceEvents"]
     assert max(e["ts"] + e["dur"] for e in events if e["ph"] == "X") <= result["makespan_s"] * 1e6 + 1e-3
+
+
+@pytest.mark.parametrize("engine", ["simpy", "replay"])
+def test_a_run_says_what_it_waits_for_when_asked(run: Run, base: tuple[str, ...], engine: str) -> None:
+    words = (*base, "--policy", "tide", "--budget", 32, "--engine", engine, "--critical-path")
+    code, out, _ = run(*words, "--json")
+    assert code == 0
+    path = json.loads(out)["critical_path"]
+    assert path["num_forwards"] == path["all_forwards"] == json.loads(out)["num_forwards"]
+    assert {row["resource"] for row in path["resources"]} == {*RESOURCES, "launch"}
+    assert sum(row["share"] for row in path["resources"]) == pytest.approx(1)
+    assert sum(row["path_s"] for row in path["works"]) == pytest.approx(path["makespan_s"])
+    out = run(*words)[1]
+    assert "What the run waits for" in out
+    assert f"all {path['num_forwards']} forwards (2 sequences)" in out
+    assert "critical_path" not in json.loads(run(*words[:-1], "--json")[1])
 
 
 def test_context_follows_the_execution_unless_told(run: Run, base: tuple[str, ...]) -> None:
@@ -219,6 +252,10 @@ def test_a_bad_profile_names_file_field_and_rule(
         (("--policy", "tide", "--budget", "8,8"), "one for each"),
         (("--policy", "tide", "--budget", 8, "--refresh-interval", 0), "refresh_interval"),
         (("--policy", "static", "--budget", 8, "--refresh-interval", 4), "refresh_interval"),
+        (("--policy", "static", "--budget", 8, "--refresh-steps", "0,4"), "refresh_steps"),
+        (("--policy", "tide", "--budget", 8, "--refresh-steps", "0,four"), "whole numbers with commas"),
+        (("--policy", "tide", "--budget", 8, "--refresh-steps", "0,1/0"), "has 2 lists"),
+        (("--policy", "tide", "--budget", 8, "--refresh-steps", "0", "--refresh-interval", 4), "leave one of them out"),
         (("--policy", "lru", "--budget", 8, "--predictor", "oracle"), "takes no 'predictor'"),
         (("--policy", "pre-gated", "--budget", 8, "--predictor", "oracel"), "did you mean 'oracle'"),
         (("--policy", "static", "--budget", 8, "--execution", "overlaped"), "did you mean 'overlapped'"),
@@ -226,6 +263,10 @@ def test_a_bad_profile_names_file_field_and_rule(
         (("--policy", "static", "--budget", 8, "--hardware", "rtx4080"), "did you mean"),
         (("--policy", "static", "--budget", 8, "--trace", "nothing.h5"), "no trace"),
         (("--policy", "static", "--budget", 8, "--model", "llada9"), "no model"),
+        (
+            ("--policy", "static", "--budget", 8, "--model", "llada-moe-7b-a1b"),
+            "none is shipped, and `tidesim synthesize",
+        ),
         (("--policy", "static", "--budget", 8, "--reserve-gib", -1), "reserve-gib"),
         (("--policy", "all-device"), "GiB"),
     ],
@@ -257,9 +298,13 @@ def test_inspect_prints_the_statistics_beside_the_published_ones(run: Run) -> No
     assert code == 0
     assert "recorded" in out
     assert "dMoE" in out
+    assert "hits do not rank policies by time" in out
     code, out, _ = run("inspect", "llada2-tiny", "--json")
     document = json.loads(out)
     assert document["trace"]["num_layers"] == len(document["statistics"]["distinct_experts_by_layer"]) == 4
+    curve = document["lru_hits_and_copies"]
+    assert len(curve["hit_rate"]) == 257
+    assert (curve["hit_rate"][0], curve["hit_rate"][256]) == (0, 1)
 
 
 def test_synthesize_writes_a_trace_that_says_so(run: Run, tmp_path: Path) -> None:

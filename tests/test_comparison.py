@@ -168,7 +168,9 @@ def test_who_cannot_run_is_left_out_with_the_reason() -> None:
     comparison = compared(budget=0, names=["lru", "gain", "all-device"])
     assert [row.name for row in comparison.rows] == [HINDSIGHT]
     assert comparison.left_out["gain"] == "its scratch memory of 2 experts exceeds the 0 slots"
-    assert "budget(=0) must be >= 1" in comparison.left_out["lru"]
+    assert comparison.left_out["lru"] == "its scratch memory of 1 experts exceeds the 0 slots"
+    (why,) = compared(budget=0, names=["lfu"]).left_out.values()
+    assert "budget(=0) must be >= 1" in why
     assert "needs a budget of all 8 experts" in comparison.left_out["all-device"]
 
 

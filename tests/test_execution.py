@@ -51,8 +51,9 @@ def test_the_presets_of_our_engine_differ_where_their_devices_do():
     assert (engine.kv_cache, engine.logits, engine.is_pinned, engine.copies) == (True, "block", True, "background")
     assert (engine.kernels, engine.host, engine.host_calls, engine.launch) == ("grouped", "parallel", "layer", "eager")
     assert (engine.copies_per_expert, engine.write_back, engine.is_async, engine.home) == (1, False, True, "host")
-    ops = {"ops_per_layer": 22, "ops_per_dense_layer": 13, "ops_per_forward": 35}
-    assert emulated == replace(engine, name="emulated", activation_bytes=4, is_async=False, **ops)
+    ops = {"ops_per_layer": 22, "ops_per_dense_layer": 13, "ops_per_expert": 6, "ops_per_forward": 35}
+    ops |= {f"graph_kernels_per_{part}": 0 for part in ("layer", "dense_layer", "forward")}
+    assert emulated == replace(engine, name="emulated", activation_bytes=4, is_async=False, fetched="alone", **ops)
     assert disk == replace(emulated, name="disk", home="disk", host="serial")
 
 
@@ -208,8 +209,35 @@ def test_a_curve_of_the_device_replaces_the_roofline_of_an_expert():
     assert grouped.loop_ns.tolist() == loop.loop_ns.tolist()
     assert grouped.experts_ns(450, 2, 4) == (490, 0)
     assert grouped.experts_ns(0, 0, 0) == (0, 0)
-    # Alone, a fetched expert is a group of one.
-    assert grouped.alone_ns(200) == (240, 0)
+    # Alone, a fetched expert takes GEMMs of its own; where the device is a CPU, it is a group of one.
+    assert grouped.alone_ns(200) == (200, 50)
+    assert costs(hardware=hardware("device", **measured), kernels="grouped", is_async=False).alone_ns(200) == (240, 0)
+
+
+def test_kernels_of_a_graph_are_the_devices_own_time_and_hide_no_ops():
+    slow = hardware("device", eager_op_s=100e-9, kernel_launch_s=30e-9)
+    counts = {
+        f"graph_kernels_per_{part}": number for part, number in (("layer", 7), ("dense_layer", 5), ("forward", 3))
+    }
+    made = costs(replace(TOY, num_dense_layers=2), slow, **counts)
+    one = np.array([3]), np.array([0])
+    assert ints(*made.layer_ns(*one)) == ([1000], [1000])
+    assert ints(*made.entry_ns(*one)) == ([2533], [2000])
+    assert ints(*made.head_ns(*one[:1], np.array([3]))) == ([1000 + 90], [0])
+    slower = costs(replace(TOY, num_dense_layers=2), hardware("device", kernel_launch_s=300e-9), **counts)
+    assert ints(*slower.layer_ns(*one)) == ([2100], [0])
+    assert ints(*slower.entry_ns(*one)) == ([3000], [0])
+
+
+def test_experts_that_run_together_are_begun_while_they_are_copied():
+    slow = hardware("device", eager_op_s=100e-9)
+    made = costs(hardware=slow, kernels="grouped", copies="background", fetched="together")
+    alone = costs(hardware=slow, kernels="grouped", copies="background")
+    assert alone.alone_ns(100) == (100, 400)
+    assert made.alone_ns(100) == (100, max(0, 400 - made.promote_ns))
+    assert costs(hardware=slow, kernels="grouped", copies="blocking", fetched="together").alone_ns(100) == (100, 400)
+    for each in (made, alone):
+        assert each.fetched_ns.tolist() == [0, *(sum(each.alone_ns(ns)) for ns in each.loop_ns[1:].tolist())]
 
 
 def test_a_curve_of_the_host_replaces_the_roofline_of_an_expert():

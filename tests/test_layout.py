@@ -16,15 +16,15 @@ ROOT = PACKAGE.parent
 # Imports point to a lower rank only.
 RANKS = (
     ("errors",),
-    ("batches", "shipped", "windows", "workers"),
+    ("batches", "compiling", "shipped", "tables", "windows", "workers"),
     ("moe", "hardware", "workload", "residency", "result"),
     ("trace_format", "execution"),
     ("trace", "policies"),
     ("paper_run", "lending"),
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
-    ("timing",),
-    ("planner",),
-    ("comparison", "study"),
+    ("timing", "critical_path", "alternatives"),
+    ("planner", "explained", "what_if"),
+    ("comparison", "exports", "study"),
     ("engine", "report", "console"),
     ("validate",),
     ("cli",),
@@ -32,7 +32,7 @@ RANKS = (
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 ONLY_USER = {"yaml": "hardware", "h5py": "trace", "simpy": "simulator", "pulp": "planner", "torch": "engine"}
-ONLY_USER |= {"pandas": "study", "dask": "study", "distributed": "study"}
+ONLY_USER |= {"pandas": "study", "dask": "study", "distributed": "study", "networkx": "critical_path"}
 # Lazy on purpose: the commands that run the network import it inside.
 LAZY = {("cli", "torch"), ("cli", "engine"), ("cli", "validate")}
 

@@ -50,6 +50,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "tide, every step": lambda: policy("tide", refresh_interval=1),
     "tide, every third": lambda: policy("tide", refresh_interval=3),
     "tide-as-coded, every second": lambda: policy("tide-as-coded", refresh_interval=2),
+    "tide, listed steps": lambda: policy("tide", refresh_steps=((0, 2), (1, 2))),
     "tide-as-coded, by layer": lambda: policy("tide-as-coded", refresh_interval=(1, 4)),
     "pre-gated": lambda: policy("pre-gated", predictor=Previous()),
     "erratic": lambda: Erratic("layer", scratch=1),

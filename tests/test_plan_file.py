@@ -40,14 +40,15 @@ TIDE = Plan(
     reserve_bytes=1000,
     predicted=PREDICTION,
     held_out=replace(PREDICTION, tok_per_s=11.0),
-    proof=Proof(solver="highs", status="optimal", objective_s=0.5, bound_s=0.5, gap=0.0),
+    proof=Proof(solver="highs", status="optimal", minimised="time", objective=0.5, bound=0.5, gap=0.0),
     tide_code=TideCode(max_gpu_experts_per_layer=2, jump_steps=4, derivation="by hand"),
     seed=0,
     tool_version="1.2.3",
 )
+STEPS = replace(TIDE, refresh_interval=None, refresh_steps=((0, 1, 4), ()))
 STATIC = replace(TIDE, policy="static", refresh_interval=None, placement=Placement(((0, 3, 7), (1, 2))))
 LRU = replace(TIDE, policy="lru", refresh_interval=None, miss_rule="fetch")
-PLANS = {"tide": TIDE, "static": STATIC, "lru": LRU}
+PLANS = {"tide": TIDE, "steps": STEPS, "static": STATIC, "lru": LRU}
 
 
 def content(plan: Plan = TIDE) -> dict:
@@ -105,6 +106,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         TIDE.save(tmp_path / "nowhere" / "plan.json")
     with pytest.raises(PlanError, match=r"none\.json: cannot be read"):
         Plan.load(tmp_path / "none.json")
+
+
+def test_a_plan_from_before_there_were_refresh_steps_has_none(tmp_path):
+    data = content()
+    del data["refresh_steps"]
+    assert Plan.load(write(tmp_path, data)) == TIDE
 
 
 # --- files that are no plans ---
@@ -170,13 +177,15 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path):
         ("seed", 1.0, "whole number"),
         ("seed", 10**30, "whole number"),
         ("max_tokens", 0, "from 1"),
-        ("objective", "latency", "must be one of throughput"),
+        ("objective", "thrift", "must be one of throughput"),
         ("policy", "oracle", "must be one of static, tide, tide-as-coded, lru"),
         ("policy", ["tide"], "must be one of"),
         ("budget", 3, "must be a list"),
         ("budget", [3, 2.5], "item 1 must be a whole number"),
         ("budget", {"0": 3}, "must be a list"),
         ("refresh_interval", [0, 1], "item 0 must be a whole number from 1 to 2^53, or null"),
+        ("refresh_steps", [[0, 2], [3, 1]], "item 1 must be ascending steps, each once, or null"),
+        ("refresh_steps", [0, 2], "item 0 must be a list, or null"),
         ("placement", [[0, 0]], "item 0 must be ascending ids"),
         ("placement", [[0, "1"]], "item 0 item 1 must be a whole number"),
         ("placement", "all", "must be a list, or null"),
@@ -212,6 +221,9 @@ def test_a_wrong_value_is_named_with_its_rule_and_path(path, value, message, tmp
         (TIDE, {"budget": [3, 9]}, "must be at most num_experts(=8) @ $.budget"),
         (TIDE, {"refresh_interval": [1]}, "must have one number for each of the 2 layers @ $.refresh_interval"),
         (TIDE, {"refresh_interval": None}, "must have one number for each of the 2 layers @ $.refresh_interval"),
+        (STEPS, {"refresh_steps": [[1]]}, "must have one list for each of the 2 layers @ $.refresh_steps"),
+        (STEPS, {"refresh_interval": [1, 1]}, "must be null beside refresh_steps @ $.refresh_interval"),
+        (STATIC, {"refresh_steps": [[], []]}, "must be null, 'static' never refreshes @ $.refresh_steps"),
         (TIDE, {"placement": [[0], [1]]}, "must be null, 'tide' starts by its own rule @ $.placement"),
         (TIDE, {"miss_rule": "fetch"}, "must be 'host' for policy 'tide' @ $.miss_rule"),
         (STATIC, {"refresh_interval": [1, 1]}, "must be null, 'static' never refreshes @ $.refresh_interval"),
@@ -301,6 +313,7 @@ def test_a_loaded_plan_runs_as_it_says(plan, tmp_path):
         reserve_bytes=0,
     )
     assert (result.policy, result.budget, result.refresh_interval) == (plan.policy, (3, 2), plan.refresh_interval)
+    assert result.refresh_steps == plan.refresh_steps
     if plan is STATIC:
         # Layer 0 keeps 0, 3 and 7, layer 1 keeps 1 and 2.
         assert [(decision.hits, decision.misses) for decision in moved] == [(4, 2), (2, 4)] * 3

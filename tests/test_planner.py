@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tidesim.errors import PlanError
 from tidesim.planner.integer_programme import (
+    Aim,
     InfeasibleError,
     Option,
     UnboundedError,
@@ -30,7 +31,7 @@ def brute_force(table: Table, slots: int) -> int | None:
 
 
 def tables(max_layers: int = 4, max_options: int = 4) -> st.SearchStrategy[Table]:
-    option = st.builds(Option, st.integers(0, 6), st.sampled_from([1, 2, 4]), st.integers(0, 10**12))
+    option = st.builds(Option, st.integers(0, 6), st.sampled_from([1, 2, 4]), st.integers(0, 10**12), st.just(()))
     return st.lists(st.lists(option, min_size=1, max_size=max_options), min_size=1, max_size=max_layers)
 
 
@@ -66,7 +67,7 @@ def test_each_layer_takes_its_own_interval():
     choice = choose(table, 8)
     assert (choice.budget, choice.interval) == ((4, 4), (2, 1))
     assert choice.report.status == "optimal"
-    assert choice.report.objective_s == 13e-9
+    assert choice.report.objective == 13e-9
 
 
 def test_options_that_never_refresh_have_no_interval():
@@ -76,8 +77,8 @@ def test_options_that_never_refresh_have_no_interval():
 def test_time_that_no_choice_changes_is_in_objective_and_bound():
     table = [[Option(0, 1, 40), Option(1, 1, 10)]]
     plain, shifted = choose(table, 1).report, choose(table, 1, fixed_ns=100).report
-    assert shifted.objective_s == pytest.approx(plain.objective_s + 100e-9)
-    assert shifted.bound_s == pytest.approx(plain.bound_s + 100e-9)
+    assert shifted.objective == pytest.approx(plain.objective + 100e-9)
+    assert shifted.bound == pytest.approx(plain.bound + 100e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,8 +90,8 @@ def test_the_choice_is_the_one_that_trying_everything_finds(table, slots):
     largest = max(option.time_ns for options in table for option in options)
     assert sum(choice.budget) <= slots
     assert choice.report.status == "optimal"
-    assert choice.report.objective_s == sum(option.time_ns for option in choice.options) / 1e9
-    assert best_ns / 1e9 <= choice.report.objective_s <= (best_ns + 1e-8 * largest) / 1e9
+    assert choice.report.objective == sum(option.time_ns for option in choice.options) / 1e9
+    assert best_ns / 1e9 <= choice.report.objective <= (best_ns + 1e-8 * largest) / 1e9
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,9 +100,9 @@ def test_no_choice_out_of_the_table_is_below_the_bound(table, slots):
     best_ns = brute_force(table, slots)
     assume(best_ns is not None)
     report = choose(table, slots).report
-    assert report.bound_s <= best_ns / 1e9
+    assert report.bound <= best_ns / 1e9
     largest = max(option.time_ns for options in table for option in options)
-    assert 0 <= report.objective_s - report.bound_s <= 2e-8 * largest / 1e9
+    assert 0 <= report.objective - report.bound <= 2e-8 * largest / 1e9
 
 
 @settings(max_examples=12, deadline=None)
@@ -110,7 +111,7 @@ def test_both_solvers_find_the_same_time(table, slots):
     assume(brute_force(table, slots) is not None)
     highs, cbc = (choose(table, slots, solver=solver).report for solver in SOLVERS)
     largest = max(option.time_ns for options in table for option in options)
-    assert abs(highs.objective_s - cbc.objective_s) <= 1e-8 * largest / 1e9
+    assert abs(highs.objective - cbc.objective) <= 1e-8 * largest / 1e9
 
 
 @given(table=tables(max_layers=1, max_options=8), slots=st.integers(0, 6))
@@ -163,9 +164,9 @@ def test_out_of_time_gives_the_best_so_far_and_is_not_called_optimal(solver):
     cut_off = choose(table, slots, solver=solver, time_limit_s=1e-3)
     uniform_s = sum(option.time_ns for option in best_uniform(table, slots)) / 1e9
     assert cut_off.report.status == "uniform"
-    assert cut_off.report.objective_s == uniform_s
-    assert cut_off.report.bound_s <= best.objective_s < cut_off.report.objective_s
-    assert cut_off.report.gap == pytest.approx(1 - cut_off.report.bound_s / uniform_s)
+    assert cut_off.report.objective == uniform_s
+    assert cut_off.report.bound <= best.objective < cut_off.report.objective
+    assert cut_off.report.gap == pytest.approx(1 - cut_off.report.bound / uniform_s)
 
 
 def test_out_of_time_without_any_choice_is_an_error():
@@ -209,3 +210,118 @@ def test_a_senseless_time_limit_is_refused(time_limit_s):
 def test_an_unknown_solver_is_refused_by_name():
     with pytest.raises(PlanError, match="no solver 'gurobi'; there are highs, cbc"):
         choose([[Option(0, 1, 5)]], 3, solver="gurobi")
+
+
+# --- other aims, and bounds on blocks ---
+
+BLOCKS = 2
+
+
+def with_blocks() -> st.SearchStrategy[Table]:
+    times = st.lists(st.integers(0, 10**6), min_size=BLOCKS, max_size=BLOCKS).map(tuple)
+    option = st.builds(
+        lambda budget, interval, times: Option(budget, interval, sum(times), times),
+        st.integers(0, 6),
+        st.sampled_from([1, 2]),
+        times,
+    )
+    return st.lists(st.lists(option, min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+def slowest(choice) -> int:
+    return max(sum(times) for times in zip(*(option.block_ns for option in choice), strict=True))
+
+
+def every_choice(table: Table, slots: int):
+    return [c for c in itertools.product(*table) if sum(option.budget for option in c) <= slots]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@settings(deadline=None)
+@given(table=with_blocks(), slots=st.integers(0, 20))
+def test_the_slowest_block_is_as_fast_as_any_choice_makes_it_and_the_rest_no_slower_than_it_must(table, slots, solver):
+    choices = every_choice(table, slots)
+    assume(choices)
+    choice = choose(table, slots, aim=Aim("slowest block"), fixed_block_ns=[0] * BLOCKS, solver=solver)
+    best_ns = min(slowest(c) for c in choices)
+    assert slowest(choice.options) == best_ns
+    assert choice.report.bound <= best_ns / 1e9 == pytest.approx(choice.report.objective)
+    alike = [sum(option.time_ns for option in c) for c in choices if slowest(c) == best_ns]
+    assert sum(option.time_ns for option in choice.options) == min(alike)
+
+
+@settings(deadline=None)
+@given(table=with_blocks(), slots=st.integers(0, 20), most_ns=st.integers(0, 3 * 10**6))
+def test_a_bound_on_every_block_is_kept_or_said_to_be_too_tight(table, slots, most_ns):
+    choices = every_choice(table, slots)
+    assume(choices)
+    allowed = [sum(option.time_ns for option in c) for c in choices if slowest(c) <= most_ns]
+    aim = Aim(most_block_ns=most_ns)
+    if allowed:
+        choice = choose(table, slots, aim=aim, fixed_block_ns=[0] * BLOCKS)
+        assert slowest(choice.options) <= most_ns
+        assert sum(option.time_ns for option in choice.options) == min(allowed)
+        return
+    nearest = min(slowest(c) for c in choices) / 1e9
+    with pytest.raises(InfeasibleError, match="the best one takes") as error:
+        choose(table, slots, aim=aim, fixed_block_ns=[0] * BLOCKS)
+    assert f"the best one takes {nearest:.4g} s" in str(error.value)
+
+
+@settings(deadline=None)
+@given(table=tables(), slots=st.integers(0, 20), most_ns=st.integers(0, 3 * 10**12))
+def test_least_memory_is_what_trying_everything_finds(table, slots, most_ns):
+    choices = every_choice(table, slots)
+    assume(choices)
+    sums = [(sum(o.budget for o in c), sum(o.time_ns for o in c)) for c in choices]
+    allowed = [used for used, time_ns in sums if time_ns <= most_ns]
+    aim = Aim("slots", most_ns=most_ns)
+    if allowed:
+        report = choose(table, slots, aim=aim).report
+        assert report.objective == report.bound == min(allowed)
+        assert report.gap == 0
+        return
+    with pytest.raises(InfeasibleError, match="the fastest one takes"):
+        choose(table, slots, aim=aim)
+
+
+# --- the same answer by another method ---
+
+
+def by_dynamic_programme(table: Table, slots: int) -> int | None:
+    """The least total time, slot by slot and layer by layer: the textbook's exact method for this knapsack."""
+    best = [0] * (slots + 1)
+    for options in table:
+        nothing = None
+        best = [
+            min(
+                (
+                    best[left - option.budget] + option.time_ns
+                    for option in options
+                    if option.budget <= left and best[left - option.budget] is not nothing
+                ),
+                default=nothing,
+            )
+            for left in range(slots + 1)
+        ]
+    return best[slots]
+
+
+@settings(deadline=None, max_examples=40)
+@given(table=tables(max_layers=30, max_options=12), slots=st.integers(0, 120))
+def test_a_dynamic_programme_agrees(table, slots):
+    best_ns = by_dynamic_programme(table, slots)
+    if best_ns is None:
+        with pytest.raises(InfeasibleError):
+            choose(table, slots)
+        return
+    choice = choose(table, slots)
+    spread = max(max(o.time_ns for o in row) - min(o.time_ns for o in row) for row in table)
+    assert sum(option.time_ns for option in choice.options) == pytest.approx(best_ns, abs=1e-8 * spread + 1)
+    assert choice.report.bound <= best_ns / 1e9
+
+
+def test_a_dynamic_programme_agrees_on_a_hard_table():
+    table = hard_table(30)
+    best_ns = by_dynamic_programme(table, 900)
+    assert sum(option.time_ns for option in choose(table, 900).options) == pytest.approx(best_ns, rel=1e-9)

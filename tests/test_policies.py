@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_cases import Step, forward, run, runs
+from policy_cases import Answer, Step, answers, forward, run, runs, steps_of
 from simulator_cases import EMPTY_AT_FIRST, data_of
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
@@ -17,6 +17,7 @@ from tidesim.errors import BudgetError, InputError
 from tidesim.execution import Costs
 from tidesim.policies import POLICIES, Policy, Shape, policy
 from tidesim.policies.predictors import Oracle
+from tidesim.residency import Moves
 from tidesim.workload import ForwardKind
 
 
@@ -74,16 +75,31 @@ def test_tide_as_coded_refreshes_on_every_step_of_the_first_decoded_block():
 
 
 def test_lru_fetches_misses_in_order_and_evicts_the_least_recently_used():
-    # Order of use, oldest first: 01 -> use 1, fetch 2 for 0, 3 for 1 -> 23 -> fetch 0: misses 0, uses 2, 3 first.
+    # Most recent first: 0123; 3210, so 2 and 3 are there; 3201, so 0 is not kept; 1320; 2130.
     log, residency = run(policy("lru"), [2], one_layer(*TRACE))
-    assert log == [(0, 0, (2, 3), (0, 1)), (1, 0, (0,), (2,)), (2, 0, (1,), (3,)), (3, 0, (2,), (0,))]
+    assert log == [(0, 0, (2, 3), (0, 1)), (2, 0, (1,), (2,)), (3, 0, (2,), (3,))]
     assert residency.placement().experts == ((1, 2),)
 
 
-def test_lru_fetches_into_free_slots_only_while_there_are_some():
-    # More misses than slots: after 0 and 1 the victims are experts fetched in this very forward.
-    log, _ = run(policy("lru"), [2], [(forward(), np.array([[0, 1, 1, 1, 1, 0]], np.int32))])
-    assert log == [(0, 0, (2, 3, 4), (0, 1, 2))]
+def test_lru_drops_the_lowest_ids_where_a_forward_uses_more_experts_than_slots():
+    # 1 is resident and in use, and 2 is missed; neither is among the two most recent of 1 to 4.
+    (answer,) = answers(policy("lru"), [2], steps_of([[0, 1, 1, 1, 1, 0]]))
+    assert answer == Answer(Moves((3, 4), (0, 1)), (2,), ())
+
+
+@settings(deadline=None)
+@given(runs())
+def test_lru_has_the_most_recently_used_experts_whatever_the_budget(case):
+    budgets, steps = case
+    num_layers, num_experts = steps[0][1].shape
+    log, residency = run(policy("lru"), budgets, steps)
+    assert all(len(promote) == len(evict) for *_, promote, evict in log)
+    for layer in range(num_layers):
+        order = list(range(num_experts))
+        for _, table in steps:
+            used = np.flatnonzero(table[layer])[::-1].tolist()
+            order = [*used, *(expert for expert in order if expert not in used)]
+        assert residency.placement().experts[layer] == tuple(sorted(order[: budgets[layer]]))
 
 
 def test_static_takes_the_most_popular_of_each_layer_and_never_moves():
@@ -109,6 +125,42 @@ def test_each_layer_may_have_its_own_interval():
     assert [(index, layer) for index, layer, *_ in log] == [(1, 0), (2, 0), (2, 1), (3, 0)]
     with pytest.raises(InputError, match="refresh_interval has 2 numbers"):
         policy("tide", refresh_interval=[1, 2]).initial(Shape(4, (1, 1, 1)))
+
+
+def test_refreshes_may_be_listed_step_by_step():
+    """At steps 1 and 2 of each block, or of layer 0 alone; after those the residents stay, into the next block too."""
+    blocks = [forward(i, step=i % 4, block=i // 4) for i in range(8)]
+    steps = [(info, np.roll(np.eye(4, dtype=np.int32), i, 1)[[0, 0]]) for i, info in enumerate(blocks)]
+    log, _ = run(policy("tide-as-coded", refresh_steps=[1, 2]), [1, 1], steps)
+    assert [(index, layer) for index, layer, *_ in log] == [(i, layer) for i in (1, 2, 5, 6) for layer in (0, 1)]
+    made = policy("rlx", refresh_steps=[[1, 2], []])
+    log, _ = run(made, [1, 1], steps)
+    assert [(index, layer) for index, layer, *_ in log] == [(i, 0) for i in (1, 2, 5, 6)]
+    assert (made.refresh_interval, made.refresh_steps) == (None, ((1, 2), ()))
+
+
+def test_listed_multiples_are_an_interval():
+    """The first block is refreshed at each step by both where the policy says so."""
+    infos = [forward(i, step=i % 5, block=i // 5, first=i < 5) for i in range(15)]
+    rng = np.random.default_rng(0)
+    steps = [(info, rng.integers(0, 5, (2, 6)).astype(np.int32)) for info in infos]
+    for name in ("tide", "tide-as-coded", "rlx"):
+        by_interval, _ = run(policy(name, refresh_interval=[2, 3]), [2, 3], steps)
+        by_steps, _ = run(policy(name, refresh_steps=((0, 2, 4), (0, 3))), [2, 3], steps)
+        assert by_interval == by_steps
+
+
+def test_steps_for_another_number_of_layers_or_beside_an_interval_are_refused():
+    with pytest.raises(InputError, match="refresh_steps has 2 lists; give one, or one for each of the 3"):
+        policy("tide", refresh_steps=[[1], [2]]).initial(Shape(4, (1, 1, 1)))
+    with pytest.raises(InputError, match="either refresh_interval or refresh_steps"):
+        policy("tide", refresh_interval=2, refresh_steps=[0])
+
+
+@pytest.mark.parametrize("bad", [3, "0,1", [1, 0], [0, 0], [-1], [0.5], ["0"], [True], [[0], 1], [[0], [2, 1]]])
+def test_steps_that_are_no_ascending_steps_are_refused(bad):
+    with pytest.raises(InputError, match="refresh_steps"):
+        policy("tide", refresh_steps=bad)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, "4", [1, 0]])

@@ -14,7 +14,7 @@ from toy import TOY, toy_execution, toy_hardware, toy_workload
 from tidesim.errors import InputError
 from tidesim.policies import Shape, policy
 from tidesim.policies.composition import Composition, first_ids
-from tidesim.policies.pieces import LastUse, Lowest, ThisForward
+from tidesim.policies.pieces import LastUse, ThisForward
 from tidesim.policies.predictors import (
     Noisy,
     Oracle,
@@ -23,6 +23,7 @@ from tidesim.policies.predictors import (
 )
 from tidesim.policies.prefetch import CumulativeShare, MostExpected, Prefetch, all_expected
 from tidesim.policies.splits import KeepAll
+from tidesim.policies.victims import Lowest
 from tidesim.simulator import simulate
 
 # --- whom to fetch ---

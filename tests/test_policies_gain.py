@@ -3,7 +3,10 @@
 Of the toy machine, in ns: a copy takes 310, a resident or fetched expert 100, a missed one of n rows 570 + 200 n.
 """
 
+import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from math import log
 
@@ -11,18 +14,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulator_cases import hardware, play
+from simulator_cases import cases, hardware, play
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim.errors import InputError
-from tidesim.execution import Costs
-from tidesim.hardware import Curve
-from tidesim.policies import Ahead, ForwardInfo, Serving, Shape, gain, policy
-from tidesim.policies.foresight import FADE, Foresight, Memory, situation, uses_to_come
-from tidesim.policies.gain import Gain, LayerWork, PaperClock
+from tidesim.execution import EXECUTIONS, Costs
+from tidesim.hardware import Curve, load_hardware
+from tidesim.moe import load_moe_config
+from tidesim.policies import Ahead, ForwardInfo, Serving, Shape, gain, gain_kernel, policy
+from tidesim.policies.foresight import FADE, NUM_FEATURES, Foresight, situation, uses_to_come
+from tidesim.policies.foresight_kernel import new_memory, see
+from tidesim.policies.gain import Gain
+from tidesim.policies.interface import AHEAD, DROP, KEEP, NOBODY, forwards_of
 from tidesim.policies.pieces import Score
-from tidesim.residency import NO_MOVES, Moves
+from tidesim.residency import NO_MOVES, Moves, Residency
+from tidesim.shipped import find_shipped
 from tidesim.simulator.work import Routed
+from tidesim.trace import Trace
 from tidesim.workload import ForwardKind
 
 DENOISE, COMMIT, PREFILL = ForwardKind.DENOISE, ForwardKind.COMMIT, ForwardKind.PREFILL
@@ -69,15 +77,16 @@ def test_a_forward_is_of_one_situation() -> None:
 
 
 def test_features_follow_a_change_of_block_and_of_sequence() -> None:
-    memory = Memory(np.array([[0.25]]), np.array([[0.5]]))
+    memory = tuple(new_memory(np.array([[0.25]]), np.array([[0.5]]), np.zeros((1, NUM_FEATURES))))
     places = [(0, 1), (0, 1), (0, 2), (1, 2)]  # sequence and block
-    seen = [
-        memory.see(info(sequence=sequence, block=block, tokens=16), 0, np.array([count], np.int32))[0]
-        for (sequence, block), count in zip(places, (1, 0, 2, 1), strict=True)
-    ]
+    seen = []
+    for (sequence, block), count in zip(places, (1, 0, 2, 1), strict=True):
+        features = np.zeros((NUM_FEATURES, 1))
+        see(memory, 0, sequence, block, 16, np.array([count], np.int32), features)
+        seen.append(features[:, 0])
     # 16 rows count double. One row is log 3, two are log 5; each turn halves what was before.
     much = list(accumulate((log(3), 0, log(5), log(3)), lambda before, now: (before + now) / 2, initial=0.0))[1:]
-    assert seen == pytest.approx(
+    assert np.array(seen) == pytest.approx(
         np.array(
             [
                 [1, 1, log(3), 0.5, 0.2, 0.05, much[0], 1 / 1, 1 / 1, 0.25, 0.5],
@@ -87,16 +96,6 @@ def test_features_follow_a_change_of_block_and_of_sequence() -> None:
             ]
         )
     )
-
-
-def test_features_are_the_same_layer_by_layer_and_all_at_once(rng: np.random.Generator) -> None:
-    known = rng.random((3, 5)), rng.random((3, 5))
-    together, apart = Memory(*known), Memory(*known)
-    for index in range(24):
-        forward = info(index, sequence=index // 12, block=index // 5, tokens=7)
-        counts = (rng.integers(0, 4, (3, 5)) * rng.integers(0, 2, (3, 5))).astype(np.int32)
-        features = together.see(forward, slice(None), counts)
-        assert np.array_equal(features, [apart.see(forward, layer, row) for layer, row in enumerate(counts)])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ class Told(Score):
 
     def __init__(self, worth: Sequence[float], at_start: Sequence[float]) -> None:
         self._worth, self.at_start = worth, np.array([at_start])
-        self.rows = np.ones((1, len(worth)), np.int32)
+        self.rows = np.ones((1, len(worth)), np.int64)
 
     def begin(self, shape: Shape) -> None:
         super().begin(shape)
@@ -401,54 +400,83 @@ def layers(draw: st.DrawFn):
 @settings(deadline=None)
 @given(
     layers(),
-    st.sampled_from([0.0, 310.0, 5.0]),
-    st.sampled_from([0.0, 777.0]),
+    st.sampled_from([0, 310, 5]),
+    st.sampled_from([0, 777]),
     st.lists(st.booleans(), max_size=8),
 )
 def test_a_layer_takes_what_its_parts_take_one_after_another_or_beside_each_other(
-    layer, copy_ns, backlog_ns, is_held_up
+    layer, copy_ns, backlog_ns, held_up
 ) -> None:
     costs, counts, is_resident, missed = layer
-    work, routed = LayerWork(costs, info(tokens=5), counts, is_resident), Routed(counts[None], 5, costs)
+    times, routed = gain_kernel.times_of(costs), Routed(counts[None], 5, costs)
+    # The tables of a forward of 5 rows end at 10 pairs; here are more.
+    pairs = np.arange(41)
+    call_ns = costs.host_call_ns(np.minimum(5, pairs), pairs)
+    residents_ns = gain_kernel.residents_ns(times, counts, is_resident)
+    # Two experts more are victims: one without rows, and one that has some.
+    totals, rows = np.zeros(len(missed) + 1, np.int64), np.array([*counts, 0, 1], np.int32)
+    victims, num_free = np.array([8 + is_held_up for is_held_up in held_up], np.int64), 0
+    times = times._replace(copy=copy_ns)
+    order = np.array(missed, np.int64)
+    gain_kernel.layer_ns(times, call_ns, residents_ns, backlog_ns, rows, order, num_free, victims, totals)
     expected = []
     for number in range(len(missed) + 1):
         parts = routed.split(0, is_resident, missed[number:])
-        assert work.device_ns == parts.kernel_ns + parts.launch_ns
-        arrived_ns, device_ns = backlog_ns, float(work.device_ns)
-        for expert, waits in zip(missed[:number], [*is_held_up, *[False] * 8], strict=False):
-            arrived_ns = max(arrived_ns, work.device_ns if waits else 0.0) + copy_ns
+        assert residents_ns == parts.kernel_ns + parts.launch_ns
+        arrived_ns, device_ns = backlog_ns, residents_ns
+        for expert, waits in zip(missed[:number], [*held_up, *[False] * 8], strict=False):
+            arrived_ns = max(arrived_ns, residents_ns if waits else 0) + copy_ns
             start_ns = max(device_ns, arrived_ns) if costs.execution.copies == "background" else device_ns + copy_ns
             device_ns = start_ns + sum(routed.alone(0, expert))
         is_parallel = costs.execution.host == "parallel"
         expected.append(max(device_ns, parts.host_ns) if is_parallel else device_ns + parts.host_ns)
-    assert work.times_ns(
-        np.array(missed, np.intp), copy_ns, backlog_ns, np.array(is_held_up, np.bool_)
-    ) == pytest.approx(np.array(expected))
+    assert totals.tolist() == expected
+
+
+class Paper:
+    """A paper clock, with the times of the toy machine: a dense part of 3 rows takes 1000, a copy 310."""
+
+    def __init__(self, **changes) -> None:
+        self.times, self._clock = gain_kernel.times_of(costs_of(**changes)), np.zeros(3, np.int64)
+
+    @property
+    def state(self) -> tuple[bool, int]:
+        """Whether the link is idle before the next router is done, and what it still has to do."""
+        return gain_kernel.has_idle_link(self.times, self._clock, 3), gain_kernel.backlog_ns(self._clock)
+
+    def pass_dense(self) -> None:
+        gain_kernel.pass_dense(self._clock, self.times.dense[3])
+
+    def pass_layer(self, layer_ns: int, num_copies: int) -> None:
+        gain_kernel.pass_layer(self.times, self._clock, layer_ns, num_copies)
+
+    def pass_copy(self) -> None:
+        gain_kernel.pass_copy(self.times, self._clock)
 
 
 def test_the_paper_clock_knows_how_long_the_link_is_busy() -> None:
-    paper, forward = PaperClock(costs_of()), info(tokens=3)  # a dense part of 1000
-    assert (paper.has_idle_link(forward), paper.backlog_ns) == (True, 0)
+    paper = Paper()
+    assert paper.state == (True, 0)
     paper.pass_layer(500, 3)  # three copies of 310 began with it
-    assert (paper.has_idle_link(forward), paper.backlog_ns) == (True, 430)
+    assert paper.state == (True, 430)
     paper.pass_copy()
-    assert (paper.has_idle_link(forward), paper.backlog_ns) == (True, 740)
+    assert paper.state == (True, 740)
     paper.pass_copy()  # it ends at 1550, and the next router is done at 1500
-    assert (paper.has_idle_link(forward), paper.backlog_ns) == (False, 1050)
-    paper.pass_dense(forward)
-    assert (paper.has_idle_link(forward), paper.backlog_ns) == (True, 50)
+    assert paper.state == (False, 1050)
+    paper.pass_dense()
+    assert paper.state == (True, 50)
     paper.pass_layer(400, 0)
     paper.pass_copy()  # it began when the link was done, at 1550, while the layer ran
-    assert (paper.has_idle_link(forward), paper.backlog_ns) == (True, 0)
-    paper.pass_dense(forward)
+    assert paper.state == (True, 0)
+    paper.pass_dense()
     paper.pass_copy()  # when the router was done, at 2900, not when the link was
-    assert paper.backlog_ns == 310
+    assert paper.state[1] == 310
 
 
 def test_blocking_copies_leave_no_backlog_and_no_idle_link() -> None:
-    paper = PaperClock(costs_of(copies="blocking"))
+    paper = Paper(copies="blocking")
     paper.pass_layer(500, 3)
-    assert (paper.has_idle_link(info()), paper.backlog_ns) == (False, 0)
+    assert paper.state == (False, 0)
 
 
 def test_behind_the_last_layer_comes_the_first() -> None:
@@ -470,5 +498,59 @@ def test_behind_the_last_layer_comes_the_first() -> None:
     ],
 )
 def test_what_a_copy_takes_and_a_miss_less_saves(changes, copy_ns: float, saving_ns: float) -> None:
-    paper = PaperClock(costs_of(**changes))
-    assert (paper.copy_ns, paper.saving_ns[1]) == (copy_ns, pytest.approx(saving_ns))
+    times = gain_kernel.times_of(costs_of(**changes))
+    assert (times.copy, times.saving[1]) == (copy_ns, pytest.approx(saving_ns))
+
+
+# --- the same decisions, written at once ---
+
+
+def asked_and_written(workload, made: Gain, shape: Shape, window: int):
+    """The moves of every layer of every forward: one after another, and so many forwards at once."""
+    residency, asked = Residency(shape.num_experts, shape.budgets, made.initial(shape)), []
+    for forward in forwards_of(workload):
+        for layer, counts in enumerate(workload.counts[forward.index]):
+            everybody = residency.everybody
+            made.observe(forward, layer, counts, everybody)
+            missed = np.flatnonzero((counts > 0) & ~everybody[layer]).tolist()
+            serving = made.serve(forward, layer, missed, counts, everybody)
+            serving.check(layer, made.scratch)
+            moves = [(KEEP, layer, *swap) for swap in residency.fetch(layer, serving.keep)]
+            moves += [(DROP, layer, expert, None) for expert in serving.drop]
+            for there, found in made.ahead(forward, layer, counts, everybody):
+                moves += [(AHEAD, there, *swap) for swap in residency.apply(there, found)]
+            asked.append([tuple(NOBODY if name is None else name for name in move) for move in moves])
+    placement, written = made.initial(shape), []
+    is_resident = Residency(shape.num_experts, shape.budgets, placement).everybody.copy()
+    for start in range(0, workload.num_forwards, window):
+        first, moves = made.write(workload, slice(start, start + window), is_resident)
+        written += [list(map(tuple, found.tolist())) for found in np.split(moves, first[1:-1])]
+    assert np.array_equal(is_resident, residency.everybody)
+    return asked, written
+
+
+@settings(deadline=None)
+@given(cases(), st.integers(1, 6))
+def test_what_is_written_at_once_is_what_is_answered(case, window: int) -> None:
+    workload, model, machine, _, budgets, used = case
+    costs = Costs(model, machine, used, int(workload.tokens.max()))
+    asked, written = asked_and_written(workload, Gain(workload), Shape(8, tuple(budgets), costs), window)
+    assert asked == written
+
+
+@pytest.mark.parametrize("used", [EXECUTIONS["overlapped"], EXECUTIONS["ktransformers"], EXECUTIONS["tide-as-coded"]])
+def test_shipped_routing_is_written_as_it_is_answered(used) -> None:
+    with Trace.open(find_shipped("traces", "llada2.0-mini-synthetic", ".h5")) as trace:
+        corpus, workload = (trace.workload(used.context, [number]).first(30) for number in (0, 1))
+    model = replace(load_moe_config("llada2.0-mini"), num_layers=corpus.num_layers)
+    for profile in ("rtx4090", "jetson-agx-orin"):
+        costs = Costs(model, load_hardware(profile), used, int(workload.tokens.max()))
+        shape = Shape(256, (40,) * model.num_layers, costs)
+        asked, written = asked_and_written(workload, Gain(corpus), shape, 13)
+        assert asked == written
+    assert any(asked)
+
+
+def test_deciding_takes_numba_only_when_it_decides() -> None:
+    code = "import sys, tidesim, tidesim.cli, tidesim.policies.gain; sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,10 +16,10 @@ from tidesim.execution import EXECUTIONS, execution
 from tidesim.hardware import Contention, load_hardware
 from tidesim.moe import load_moe_config
 from tidesim.policies import POLICIES, Shape, policy
-from tidesim.policies.pieces import SetOrder
 from tidesim.policies.predictors import Previous
+from tidesim.policies.victims import SetOrder
 from tidesim.replay import Replayer, clock, replay, replaying, script, stretches
-from tidesim.replay.rules import build_set
+from tidesim.replay.rules import build_set, list_set
 from tidesim.shipped import find_shipped
 from tidesim.simulator import simulate
 from tidesim.trace import Trace
@@ -37,6 +37,19 @@ def replay_case(case):
 @given(cases())
 def test_every_policy_under_every_execution_is_replayed_as_it_is_simulated(case):
     assert replay_case(case) == run_case(case)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_every_visit_of_a_layer_takes_as_long_as_simulated(case):
+    workload, model, machine, (name, params), budgets, used = case
+    spent = [np.zeros((workload.num_forwards, workload.num_layers + 1), np.int64) for _ in range(2)]
+    for run, times_ns in zip((simulate, replay), spent, strict=True):
+        kwargs = {"budget": budgets, "execution": used, "is_memory_checked": False, "spent": times_ns}
+        result = run(workload, model, machine, make_policy(name, params), **kwargs)
+        assert times_ns.sum() == result.makespan_ns
+        assert times_ns.sum(axis=0).tolist() == [sum(parts) for parts in result.layer_parts_ns]
+    assert np.array_equal(*spent)
 
 
 @settings(deadline=None)
@@ -86,15 +99,20 @@ def test_rules_decide_as_the_policies_that_state_them(seed, name, num_experts, s
     assert by_rule == replay(workload, model, toy_hardware(), asked, **kwargs)
 
 
+def in_set_order(members: list[int]) -> list[int]:
+    table, taken, found = np.zeros(8192, np.int32), np.zeros(129, np.uint64), np.zeros(len(members), np.int32)
+    mask = build_set(table, taken, np.array(members, np.int32), len(members), found.copy())
+    assert list_set(table, taken, mask, found) == len(members)
+    return found.tolist()
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 700), unique=True, max_size=200), st.lists(st.integers(0, 700), unique=True))
 def test_a_set_is_filled_as_cpython_does(first, more):
-    table, old = np.full(8192, -1, np.int32), np.zeros(8192, np.int32)
     members = [*first, *(member for member in more if member not in first)]
-    mask = build_set(table, np.array(members, np.int32), len(members), old)
     real = set(first)
     real.update(more)
-    assert [member for member in table[: mask + 1].tolist() if member >= 0] == list(real)
+    assert in_set_order(members) == list(real)
 
 
 def test_the_policy_and_the_rule_reckon_with_the_same_set() -> None:
@@ -102,10 +120,7 @@ def test_the_policy_and_the_rule_reckon_with_the_same_set() -> None:
     order = SetOrder()
     order.begin(Shape(8, (5,)))
     order.settled(0, [7, 3, 1], [0, 6])
-    table, old = np.full(64, -1, np.int32), np.zeros(64, np.int32)
-    mask = build_set(table, np.array([7, 3, 1, 0, 6], np.int32), 5, old)
-    members = [member for member in table[: mask + 1].tolist() if member >= 0]
-    assert order.order(0, [], np.ones(8, np.bool_)) == members
+    assert order.order(0, [], np.ones(8, np.bool_)) == in_set_order([7, 3, 1, 0, 6])
 
 
 def test_mapped_counts_are_replayed_like_those_in_memory(path: Path) -> None:
@@ -159,7 +174,7 @@ def test_copies_that_pile_up_are_given_room(monkeypatch: pytest.MonkeyPatch) -> 
     rooms = []
 
     def noted(*args):
-        rooms.append(args[-1].links.shape[1] - clock.RING)
+        rooms.append(args[5].links.shape[1] - clock.RING)
         return clock.play(*args)
 
     monkeypatch.setattr(stretches, "play", noted)

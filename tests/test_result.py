@@ -57,7 +57,18 @@ def test_json_holds_every_setting_and_metric():
             "breakdown_by_layer_s",
             "busy_share",
         ),
-        *("policy", "budget", "refresh_interval", "execution", "context", "hardware", "model", "trace_origin", "seed"),
+        *(
+            "policy",
+            "budget",
+            "refresh_interval",
+            "refresh_steps",
+            "execution",
+            "context",
+            "hardware",
+            "model",
+            "trace_origin",
+            "seed",
+        ),
         *("batch_size", "is_measured", "version"),
     }
     assert content["budget"] == 4

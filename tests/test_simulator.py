@@ -103,12 +103,12 @@ def test_measured_experts_take_their_own_times():
     assert timeline[2:] == [
         ("device", "experts", 1200, 1440),
         ("h2d", "promote 2", 1200, 1510),
-        ("device", "expert 2", 1510, 1750),
+        ("device", "expert 2", 1510, 1710),
         ("h2d", "promote 3", 1510, 1820),
-        ("device", "expert 3", 1820, 2060),
-        ("device", "head", 2060, 3060),
+        ("device", "expert 3", 1820, 2020),
+        ("device", "head", 2020, 3020),
     ]
-    assert parts(result) == [1000, 720, 0, 0, 140]
+    assert parts(result) == [1000, 640, 0, 0, 180]
 
 
 def test_blocking_moves_come_before_the_experts_evictions_first():
@@ -262,7 +262,7 @@ def test_a_copy_waits_for_residents_that_still_use_its_slot():
 
 
 def test_more_misses_than_slots_take_turns_in_them():
-    timeline, result = play([[0, 2, 2, 2, 0, 0, 0, 0]], "lru", budget=1, copies="background")
+    timeline, result = play([[0, 2, 2, 2, 0, 0, 0, 0]], "mixtral-offloading", budget=1, copies="background")
     assert timeline[2:] == [
         ("h2d", "promote 1", 1200, 1510),
         ("device", "expert 1", 1510, 1610),
@@ -273,6 +273,21 @@ def test_more_misses_than_slots_take_turns_in_them():
         ("device", "head", 2430, 3430),
     ]
     assert parts(result) == [1000, 300, 0, 0, 930]
+
+
+def test_lru_passes_what_it_does_not_keep_through_scratch_memory():
+    # 3 takes the slot of 0, which has no rows; 2 waits until 1 has run out of the one place.
+    timeline, result = play([[0, 2, 2, 2, 0, 0, 0, 0]], "lru", budget=1, copies="background")
+    assert timeline[2:] == [
+        ("h2d", "promote 3", 1200, 1510),
+        ("device", "expert 3", 1510, 1610),
+        ("h2d", "promote 1", 1510, 1820),
+        ("device", "expert 1", 1820, 1920),
+        ("h2d", "promote 2", 1920, 2230),
+        ("device", "expert 2", 2230, 2330),
+        ("device", "head", 2330, 3330),
+    ]
+    assert (result.promotions, result.evictions, result.drops) == (1, 1, 2)
 
 
 def test_blocking_fetches_run_nothing_beside_them():

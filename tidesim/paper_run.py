@@ -13,6 +13,7 @@ from tidesim.moe import MoEConfig
 from tidesim.policies import Policy, Shape
 from tidesim.residency import check_budgets, per_layer
 from tidesim.result import RunResult, one_or_each
+from tidesim.trace.fitting import how_to_fit
 from tidesim.windows import windows
 from tidesim.workload import Workload
 
@@ -81,6 +82,7 @@ class PaperRun:
             policy=policy.name,
             budget=one_or_each(self.budgets),
             refresh_interval=policy.refresh_interval,
+            refresh_steps=policy.refresh_steps,
             execution=self.execution.name,
             context=workload.context,
             hardware=self.hardware.name,
@@ -122,7 +124,8 @@ def _check_fit(workload: Workload, model: MoEConfig, execution: Execution) -> No
     if (workload.num_experts, workload.top_k) != (model.num_experts, model.top_k):
         raise InputError(
             f"the workload routes to {workload.top_k} of {workload.num_experts} experts, {model.name} to {model.top_k} "
-            f"of {model.num_experts}; take a trace of a model with the same experts and top-k."
+            f"of {model.num_experts}; take a trace of a model with the same experts and top-k: "
+            f"{how_to_fit(model.num_experts, model.top_k)}."
         )
     if workload.num_layers != model.num_layers:
         raise InputError(

@@ -121,6 +121,8 @@ class Residency:
         self.budgets = tuple(budgets)
         self.is_pooled = is_pooled
         self._is_resident = np.zeros((len(budgets), num_experts), np.bool_)
+        # The same memory, l * E + e, which Python reads one by one much faster than an array.
+        self._cells = self._is_resident.data.cast("B")
         # One pool of slots for each layer, or one for all; of each, its slots and how many are taken.
         self._slots = [sum(budgets)] if is_pooled else list(budgets)
         self._num_taken = [0] * len(self._slots)
@@ -188,35 +190,38 @@ class Residency:
                 self._promote(layer, swap.promote)
         return swaps
 
-    def _pool(self, layer: int) -> int:
-        return 0 if self.is_pooled else layer
-
     def _num_free(self, layer: int) -> int:
-        pool = self._pool(layer)
+        pool = 0 if self.is_pooled else layer
         return self._slots[pool] - self._num_taken[pool]
 
     def _evict(self, layer: int, expert: int) -> None:
-        self._check_id(layer, expert, self.num_layers if self.is_pooled else 1)
-        place = self.victim(layer, expert)
-        if not self._is_resident[place]:
-            raise ValueError(f"layer {place[0]}: expert {place[1]} cannot be evicted, it is not on the device.")
-        self._is_resident[place] = False
-        self._num_taken[self._pool(layer)] -= 1
+        pool = 0 if self.is_pooled else layer
+        stop = len(self._cells) if self.is_pooled else self.num_experts
+        if not 0 <= expert < stop:
+            raise ValueError(_out_of_range(layer, expert, stop))
+        cell = expert if self.is_pooled else layer * self.num_experts + expert
+        if not self._cells[cell]:
+            home, victim = divmod(cell, self.num_experts)
+            raise ValueError(f"layer {home}: expert {victim} cannot be evicted, it is not on the device.")
+        self._cells[cell] = False
+        self._num_taken[pool] -= 1
 
     def _promote(self, layer: int, expert: int) -> None:
-        self._check_id(layer, expert, 1)
-        if self._is_resident[layer, expert]:
+        pool = 0 if self.is_pooled else layer
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(_out_of_range(layer, expert, self.num_experts))
+        cell = layer * self.num_experts + expert
+        if self._cells[cell]:
             raise ValueError(f"layer {layer}: expert {expert} cannot be promoted, it is on the device already.")
-        if not self._num_free(layer):
-            slots = self._slots[self._pool(layer)]
+        if self._num_taken[pool] >= self._slots[pool]:
+            slots = self._slots[pool]
             raise ValueError(f"layer {layer}: no slot is left for expert {expert}, budget(={slots}) is full.")
-        self._is_resident[layer, expert] = True
-        self._num_taken[self._pool(layer)] += 1
+        self._cells[cell] = True
+        self._num_taken[pool] += 1
 
-    def _check_id(self, layer: int, expert: int, num_layers: int) -> None:
-        stop = num_layers * self.num_experts
-        if not 0 <= expert < stop:
-            raise ValueError(f"layer {layer}: expert(={expert}) must be in 0..{stop - 1}.")
+
+def _out_of_range(layer: int, expert: int, stop: int) -> str:
+    return f"layer {layer}: expert(={expert}) must be in 0..{stop - 1}."
 
 
 def _pair(moves: Moves, num_free: int) -> tuple[Swap, ...]:

@@ -89,6 +89,8 @@ class RunResult:
     ----------
     policy, budget, refresh_interval, execution, context, hardware, model, trace_origin, seed : what was run, by name.
         `budget` and `refresh_interval` are one number or one per MoE layer; the latter is None for policies without.
+    refresh_steps : the denoising steps of a block that were refreshed, for all MoE layers or for each, if they were
+        listed one by one; else None.
     version : of tidesim.
     num_forwards : forwards of all kinds.
     generated_tokens : tokens of the answers, over all sequences.
@@ -129,6 +131,7 @@ class RunResult:
     makespan_ns: int
     layer_parts_ns: tuple[tuple[int, ...], ...] = field(repr=False)
     busy_ns: Mapping[str, int] = field(hash=False)
+    refresh_steps: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
     batch_size: int = 1
     is_measured: bool = False
     version: str = field(default_factory=tool_version)
@@ -184,8 +187,8 @@ class RunResult:
         metrics = ("tok_per_s", "makespan_s", "num_forwards", "generated_tokens", "hit_rate", "hits", "misses")
         moves = ("promotions", "evictions", "drops", "num_copies", "h2d_bytes", "d2h_bytes")
         times = ("breakdown_s", "breakdown_by_layer_s", "busy_share")
-        what = ("policy", "budget", "refresh_interval", "execution", "context", "batch_size", "hardware", "model")
-        origin = ("trace_origin", "is_measured", "seed", "version")
+        what = ("policy", "budget", "refresh_interval", "refresh_steps", "execution", "context", "batch_size")
+        origin = ("hardware", "model", "trace_origin", "is_measured", "seed", "version")
         return {key: getattr(self, key) for key in metrics + moves + times + what + origin}
 
     def to_json(self) -> str:

@@ -109,13 +109,40 @@ class Workload:
             return self
         if num_forwards < 1:
             raise ValueError(f"num_forwards(={num_forwards}) must be >= 1.")
-        cut = {name: getattr(self, name)[:num_forwards] for name in ("counts", *_OF_ONE, *_OF_ALL)}
+        return self._only(slice(0, num_forwards))
+
+    def answering(self, gen_length: int | None) -> Self:
+        """The same sequences with answers of at most `gen_length` tokens, in whole blocks; None changes nothing.
+
+        What comes later is left out, and `generated_tokens` shrinks in proportion to denoise forwards. `max_tokens` is
+        that of the longest prompt with such an answer, also where the answers here are shorter. Raise ValueError if
+        `gen_length` < 1, or if this workload is batched already.
+        """
+        if gen_length is None:
+            return self
+        if gen_length < 1:
+            raise ValueError(f"gen_length(={gen_length}) must be >= 1.")
+        if self.batch_size > 1:
+            raise ValueError("the workload is batched already; cut the one that it came from.")
+        denoise = np.flatnonzero(self.kind == ForwardKind.DENOISE)
+        first_block = np.zeros(int(self.sequence.max(initial=0)) + 1, np.int64)
+        # Each sequence's first denoising forward is written last.
+        first_block[self.sequence[denoise[::-1]]] = self.block[denoise[::-1]]
+        num_blocks = -(-gen_length // self.block_length)
+        is_kept = self.block < first_block[self.sequence] + num_blocks
+        is_start = np.isin(np.arange(self.num_forwards), denoise) & (self.block == first_block[self.sequence])
+        prompt_tokens = _most_tokens(self.tokens[is_start], self.context_tokens[is_start]) - self.block_length
+        return replace(self._only(is_kept), max_tokens=prompt_tokens + num_blocks * self.block_length)
+
+    def _only(self, part: slice | npt.NDArray[np.bool_]) -> Self:
+        """Some of the forwards."""
+        cut = {name: getattr(self, name)[part] for name in ("counts", *_OF_ONE, *_OF_ALL)}
         is_denoise = self.kind == ForwardKind.DENOISE
-        share = is_denoise[:num_forwards].sum() / max(1, is_denoise.sum())
+        share = is_denoise[part].sum() / max(1, is_denoise.sum())
         return replace(
             self,
             **cut,
-            lookahead=None if self.lookahead is None else self.lookahead[:num_forwards],
+            lookahead=None if self.lookahead is None else self.lookahead[part],
             generated_tokens=round(self.generated_tokens * share),
             num_sequences=min(self.num_sequences, self.batch_size * len(np.unique(cut["sequence"]))),
             max_tokens=self.max_tokens if self.batch_size > 1 else _most_tokens(cut["tokens"], cut["context_tokens"]),

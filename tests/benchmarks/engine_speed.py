@@ -48,7 +48,7 @@ class Loop:
     """Stands where an `Offload` would: takes forced routing, keeps no books."""
 
     def __init__(self) -> None:
-        self.forced: Tensor | None = None
+        self.forced: np.ndarray | None = None
         self.num_forwards = 0
         self.budgets = (0,)
 
@@ -70,7 +70,8 @@ class LoopExperts:
         self.loop, self.layer, self.matrices = loop, layer, matrices
 
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
-        ids = routing.expert_ids if self.loop.forced is None else self.loop.forced[:, self.layer]
+        forced = self.loop.forced
+        ids = routing.expert_ids if forced is None else torch.from_numpy(forced[:, self.layer])
         order = ids.flatten().argsort()
         counts = torch.bincount(ids.flatten(), minlength=len(self.matrices)).tolist()
         rows = x[order // ids.shape[1]]

@@ -169,8 +169,7 @@ def _device(counts: npt.NDArray[np.int32], costs: Costs) -> tuple[Floats, Floats
     """Each expert's part of the resident experts' time, its time where it runs alone, and what all of them share."""
     is_active = counts > 0
     loop = costs.loop_ns[counts].astype(np.float64)
-    alone_table = np.array([sum(costs.alone_ns(ns)) for ns in costs.loop_ns.tolist()], np.float64)
-    alone = np.where(is_active, alone_table[counts], 0.0)
+    alone = costs.fetched_ns[counts].astype(np.float64)
     if costs.execution.kernels == "grouped":
         overhead_ns = costs.grouped_overhead_ns
         return (loop if costs.has_expert_curve else _grouped(counts, costs)), alone, overhead_ns

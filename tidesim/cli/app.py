@@ -95,6 +95,14 @@ IntervalOption = Annotated[
         help=f"Denoising steps between refreshes; {DEFAULT_INTERVAL} for policies that refresh.",
     ),
 ]
+StepsOfBlockOption = Annotated[
+    str | None,
+    typer.Option(
+        "--refresh-steps",
+        help="In place of an interval: the denoising steps of a block to refresh at (0,1,4,9), for all layers, or one "
+        "list per layer with / between. After the last one nothing is refreshed until the next block.",
+    ),
+]
 PredictorOption = Annotated[
     str | None,
     typer.Option(
@@ -107,6 +115,9 @@ WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Pro
 TimelineOption = Annotated[Path | None, typer.Option("--timeline", help="Write who ran when, for Perfetto.")]
 DecisionsOption = Annotated[
     Path | None, typer.Option("--decisions", help="Write every promotion and eviction, one line a layer.")
+]
+CriticalPathFlag = Annotated[
+    bool, typer.Option("--critical-path", help="Say what the run waits for, and what would be gained without it.")
 ]
 IgnoreMemoryFlag = Annotated[bool, typer.Option("--ignore-memory", help="Do not ask whether the device can hold it.")]
 OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")]
@@ -140,12 +151,16 @@ def chosen_execution(name: str, context: ContextChoice | None) -> Execution:
     return replace(how, name=f"{how.name} {'with' if is_cached else 'without'} KV cache", kv_cache=is_cached)
 
 
-def chosen_policy(name: str, refresh_interval: int | None, predictor: str | None, knowledge: Knowledge) -> Policy:
+def chosen_policy(
+    name: str, refresh_interval: int | None, refresh_steps: str | None, predictor: str | None, knowledge: Knowledge
+) -> Policy:
     """The policy called `name`, with what it asks for of what is known."""
     params: dict[str, Any] = {}
+    if refresh_steps is not None:
+        params["refresh_steps"] = steps_of_block(refresh_steps)
     if refresh_interval is not None:
         params["refresh_interval"] = refresh_interval
-    elif "refresh_interval" in parameters_of(name):
+    elif refresh_steps is None and "refresh_interval" in parameters_of(name):
         params["refresh_interval"] = DEFAULT_INTERVAL
     if predictor is not None:
         params["predictor"] = predictor
@@ -159,6 +174,18 @@ def numbers(text: str, name: str) -> int | list[int]:
     except ValueError:
         raise InputError(f"{name}(={text!r}) must be a whole number, or one per layer with commas between.") from None
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def steps_of_block(text: str) -> list[int] | list[list[int]]:
+    """Whole numbers with commas between, or several such lists with slashes between."""
+    try:
+        rows = [[int(step) for step in row.split(",") if row] for row in text.split("/")]
+    except ValueError:
+        raise InputError(
+            f"refresh-steps(={text!r}) must be whole numbers with commas between, or such a list per layer with / "
+            "between."
+        ) from None
+    return rows[0] if len(rows) == 1 else rows
 
 
 def reserve_bytes(reserve_gib: float | None) -> int | None:

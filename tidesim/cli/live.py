@@ -18,6 +18,7 @@ from tidesim.cli.app import (
     OverwriteFlag,
     PredictorOption,
     SeedOption,
+    StepsOfBlockOption,
     TimelineOption,
     app,
     chosen_policy,
@@ -27,11 +28,11 @@ from tidesim.cli.app import (
 from tidesim.errors import InputError
 from tidesim.execution import GIB, Execution, execution
 from tidesim.hardware import Hardware, load_hardware
+from tidesim.moe import find_model
 from tidesim.planner import Plan
 from tidesim.policies import POLICIES, policy
 from tidesim.policies.knowledge import PREDICTORS, Knowledge
 from tidesim.report import check_picture, save_timeline, save_validation
-from tidesim.shipped import find_shipped
 from tidesim.trace import Trace, Workload
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def trace(
                 console.note(f"{text}\n{'-' * 40}")
 
         recording = record(
-            find_shipped("models", model),
+            find_model(model),
             requests,
             sampler,
             out,
@@ -147,6 +148,7 @@ def run(
     ] = None,
     budget: BudgetOption = None,
     refresh_interval: IntervalOption = None,
+    refresh_steps: StepsOfBlockOption = None,
     hardware: DecidingOption = None,
     corpus: CorpusOption = None,
     predictor: PredictorOption = None,
@@ -184,7 +186,7 @@ def run(
     sampler = Sampler(gen_length=gen_length, steps=steps, threshold=threshold, temperature=temperature)
     requests = [Prompt(text=prompt)] if prompt is not None else read_prompts(prompts, limit, chat)
     with _model(model, dummy_weights, layers, settings, seed) as live, decisions_file(decisions) as write_decision:
-        asked = _Asked(policy_name, budget, refresh_interval, hardware, corpus, predictor)
+        asked = _Asked(policy_name, budget, refresh_interval, refresh_steps, hardware, corpus, predictor)
         if plan is not None:
             choice = _planned(live, plan, asked)
         else:
@@ -197,7 +199,7 @@ def run(
                 outcome = session.replay(opened, range(len(opened.sequences))[:sequences])
         else:
             outcome = session.answer(
-                find_shipped("models", model),
+                find_model(model),
                 requests,
                 sampler,
                 record=record,
@@ -235,7 +237,7 @@ def calibrate(
     settings, _ = _device(device, device_threads, host_threads, pace)
     with console.steps("calibrating") as step:
         profile, error = calibrated_profile(
-            find_shipped("models", model),
+            find_model(model),
             settings,
             _calibration(settings, device_memory_gib, drive_folder),
             name=name or out.stem,
@@ -300,7 +302,7 @@ def validate(
             source = ForcedSource(first, opened, range(len(opened.sequences))[:sequences], forwards)
         else:
             requests = read_prompts(prompts, limit, is_chat=False)
-            folder, sampler = find_shipped("models", model), Sampler(gen_length=gen_length)
+            folder, sampler = find_model(model), Sampler(gen_length=gen_length)
             source = PromptSource(first, folder, requests, sampler, out / "routing.h5")
         cases = default_grid(num_experts) if grid is None else read_grid(grid, num_experts, predictor)
         validation = run_validation(
@@ -374,7 +376,7 @@ def _profile(hardware: str | None, settings: "DeviceSettings", model: str, out: 
     if hardware is not None or kept.is_file():
         return load_hardware(hardware or str(kept))
     with console.steps("calibrating") as step:
-        shape = find_shipped("models", model)
+        shape = find_model(model)
         how = _calibration(settings, None, out)
         profile, _ = calibrated_profile(shape, settings, how, name="this machine", seed=seed, progress=step)
     profile.to_yaml(kept)
@@ -391,8 +393,8 @@ def _model(
     with console.steps("opening") as step:
         step("the model; its kernels are compiled the first time, which takes a while", 0)
         if dummy_weights is None:
-            return open_model(find_shipped("models", model), settings)
-        return dummy_model(find_shipped("models", dummy_weights), settings, layers, seed)
+            return open_model(find_model(model), settings)
+        return dummy_model(find_model(dummy_weights), settings, layers, seed)
 
 
 class _Asked(NamedTuple):
@@ -401,6 +403,7 @@ class _Asked(NamedTuple):
     policy: str | None
     budget: str | None
     refresh_interval: int | None
+    refresh_steps: str | None
     hardware: str | None
     corpus: str | None
     predictor: str | None
@@ -431,7 +434,7 @@ def _by_hand(live: "LiveModel", asked: _Asked, how: Execution, routing: str | No
 
     is_foretold = asked.predictor not in (None, PREDICTORS[0])
     knowledge = Knowledge(workload=counted(routing, sequences) if is_foretold else None, corpus=counted(asked.corpus))
-    made = chosen_policy(asked.policy, asked.refresh_interval, asked.predictor, knowledge)
+    made = chosen_policy(asked.policy, asked.refresh_interval, asked.refresh_steps, asked.predictor, knowledge)
     slots = live.sizes.num_experts if asked.budget is None else numbers(asked.budget, "budget")
     hardware = None if asked.hardware is None else load_hardware(asked.hardware)
     return by_hand(made, slots, how, live, hardware)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from tidesim import console, replay
@@ -12,6 +13,7 @@ from tidesim.cli.app import (
     BatchOption,
     BudgetOption,
     ContextOption,
+    CriticalPathFlag,
     DecisionsOption,
     EngineChoice,
     EngineOption,
@@ -25,6 +27,7 @@ from tidesim.cli.app import (
     PredictorOption,
     ReserveOption,
     SeedOption,
+    StepsOfBlockOption,
     TimelineOption,
     TraceOption,
     WeightBitsOption,
@@ -39,10 +42,11 @@ from tidesim.cli.app import (
 )
 from tidesim.comparison import OWN_EXECUTIONS
 from tidesim.comparison import compare as run_comparison
+from tidesim.critical_path import critical_path as find_critical_path
 from tidesim.errors import InputError
 from tidesim.execution import Execution, execution, largest_budget
 from tidesim.hardware import Hardware, load_hardware
-from tidesim.moe import MoEConfig, load_moe_config, read_hf_config
+from tidesim.moe import MoEConfig, find_model, load_moe_config, read_hf_config
 from tidesim.paper_run import RunSettings
 from tidesim.planner import plan as make_plan
 from tidesim.planner import split_sequences
@@ -50,7 +54,6 @@ from tidesim.policies import POLICIES, Policy
 from tidesim.policies.knowledge import Knowledge
 from tidesim.report import check_picture, save_comparison, save_timeline
 from tidesim.result import Interval
-from tidesim.shipped import find_shipped
 from tidesim.simulator import simulate as run_simulation
 from tidesim.statistics import trace_statistics
 from tidesim.synthesize import synthesize as write_synthetic
@@ -64,9 +67,12 @@ def inspect(
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Print the shape of a trace and the statistics of its routing, beside published figures."""
+    """Print the shape of a trace, statistics of its routing beside published figures, and what a cache would hit."""
     with Trace.open(file) as opened:
         document = {"trace": _trace_header(opened), "statistics": trace_statistics(opened).to_dict(), "seed": seed}
+        with_forwards = np.flatnonzero(opened.sequences["num_forwards"]).tolist()
+        parts = (opened.workload("block", [sequence], is_mapped=True) for sequence in with_forwards)
+        document["lru_hits_and_copies"] = replay.lru_curve(parts).to_dict()
     console.show(document, console.statistics_tables, as_json)
 
 
@@ -86,7 +92,7 @@ def synthesize(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a synthetic trace whose routing meets the published statistics of LLaDA2.0."""
-    folder = find_shipped("models", shape)
+    folder = find_model(shape)
     with console.progress("synthesizing") as advance:
         write_synthetic(
             read_hf_config(folder),
@@ -113,6 +119,7 @@ def simulate(
     model: ModelOption = None,
     budget: BudgetOption = None,
     refresh_interval: IntervalOption = None,
+    refresh_steps: StepsOfBlockOption = None,
     corpus: Annotated[
         str | None,
         typer.Option(
@@ -130,6 +137,7 @@ def simulate(
     ignore_memory: IgnoreMemoryFlag = False,
     timeline: TimelineOption = None,
     decisions: DecisionsOption = None,
+    critical_path: CriticalPathFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -144,7 +152,8 @@ def simulate(
     if corpus is not None:
         with Trace.open(corpus) as opened:
             learnt = _workload(opened, sizes, how.context).batched(batch)
-    made = chosen_policy(policy_name, refresh_interval, predictor, Knowledge(workload=workload, corpus=learnt))
+    knowledge = Knowledge(workload=workload, corpus=learnt)
+    made = chosen_policy(policy_name, refresh_interval, refresh_steps, predictor, knowledge)
     reserve = reserve_bytes(reserve_gib)
     if budget is None:
         slots: int | list[int] = _default_budget(made, sizes, machine, how, workload, reserve)
@@ -164,7 +173,10 @@ def simulate(
             )
     if timeline is not None and intervals is not None:
         save_timeline(intervals, result, timeline)
-    console.show(result.to_dict(), console.result_tables, as_json)
+    document = result.to_dict()
+    if critical_path:
+        document["critical_path"] = find_critical_path(workload, sizes, machine, made, **settings).to_dict()
+    console.show(document, console.result_tables, as_json)
 
 
 @app.command()

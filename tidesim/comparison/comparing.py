@@ -16,7 +16,7 @@ from tidesim.execution import EXECUTIONS, Costs, Execution, check_memory
 from tidesim.hardware import Hardware
 from tidesim.lending import Lent
 from tidesim.moe import MoEConfig
-from tidesim.planner.candidates import distinct_intervals
+from tidesim.planner.candidates import distinct_intervals, spread
 from tidesim.policies import Policy
 from tidesim.policies.knowledge import Knowledge
 from tidesim.result import RunResult
@@ -243,10 +243,7 @@ def slots_left(budget: int, scratch: int, num_layers: int) -> tuple[int, ...] | 
     What does not divide evenly goes to the first layers.
     """
     total = budget * num_layers - scratch
-    if total < 0:
-        return None
-    each, more = divmod(total, num_layers)
-    return tuple(each + (layer < more) for layer in range(num_layers))
+    return spread(total, num_layers) if total >= 0 else None
 
 
 # --- the runs ---

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from tidesim.console.printing import Document, facts_table, new_table
+from tidesim.console.printing import Document
 from tidesim.execution import GIB
+from tidesim.tables import facts_of, table_of
 
 # --- studies ---
 
@@ -25,7 +26,7 @@ def sweep_tables(document: Document) -> RenderableType:
         _sweep_table("Fastest for their memory: none is as fast with less", front[:_MOST_ROWS], document["varied"]),
     ]
     more = [f"{len(front) - _MOST_ROWS} more rows: tidesim.study.pareto gives all."] if len(front) > _MOST_ROWS else []
-    return Group(facts_table("Study", facts), *tables, *more)
+    return Group(facts_of("Study", facts), *tables, *more)
 
 
 _MOST_ROWS = 40
@@ -34,7 +35,7 @@ _MOST_ROWS = 40
 def _sweep_table(title: str, rows: Sequence[Document], varied: Sequence[str]) -> Table:
     """Rows of a study, with those settings that it varies."""
     right = ("refresh", "budget", "tok/s", "hits", "device GiB")
-    table = new_table(title, left=("machine", *(name.replace("_", " ") for name in varied)), right=right)
+    table = table_of(title, left=("machine", *(name.replace("_", " ") for name in varied)), right=right)
     for row in rows:
         table.add_row(
             row["machine"],
@@ -58,11 +59,11 @@ def profile_tables(document: Document) -> RenderableType:
         "machine": document["description"],
         "check": f"a real denoising step is predicted {100 * document['step_error']:+.1f} % off",
     }
-    table = new_table("Figures", left=("figure",), right=("value",))
+    table = table_of("Figures", left=("figure",), right=("value",))
     table.add_column("how", overflow="fold")
     for path, figure in _figures(document):
         table.add_row(path, figure["value"], figure["source"])
-    return Group(facts_table("Calibrated", facts), table)
+    return Group(facts_of("Calibrated", facts), table)
 
 
 def _figures(node: Document, path: str = "") -> Iterator[tuple[str, dict[str, str]]]:
@@ -85,7 +86,7 @@ def _figures(node: Document, path: str = "") -> Iterator[tuple[str, dict[str, st
 def validation_tables(document: Document) -> RenderableType:
     """Predicted and measured side by side, and how well they agree over the whole grid."""
     right = ("predicted, tok/s", "measured, tok/s", "error", "spread", "at one speed", "error", "spread", "differences")
-    table = new_table("Predicted and measured", left=("case",), right=right)
+    table = table_of("Predicted and measured", left=("case",), right=right)
     for row in document["rows"]:
         table.add_row(
             row["case"],
@@ -108,7 +109,7 @@ def validation_tables(document: Document) -> RenderableType:
         "yardstick timed beside it",
         "decisions": f"{document['num_differences']} differ between engine and simulator",
     }
-    return Group(table, facts_table("Agreement", facts))
+    return Group(table, facts_of("Agreement", facts))
 
 
 def _agreement(figures: Document) -> str:

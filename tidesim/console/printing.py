@@ -2,14 +2,12 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 Document = Mapping[str, Any]
 
@@ -72,23 +70,3 @@ def steps(title: str) -> Iterator[Callable[[str, float], None]]:
             bar.update(task, completed=share, step=step)
 
         yield advance
-
-
-def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    """A table without rows; numbers are in the columns on the `right`."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
-
-
-def facts_table(title: str, facts: Mapping[str, object]) -> Table:
-    """What there is to know, a line for each name."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, str(value))
-    return table

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from tidesim.console.printing import Document, facts_table, new_table
+from tidesim.console.printing import Document
 from tidesim.execution import GIB
+from tidesim.explained import critical_path_tables
 from tidesim.result import PARTS
+from tidesim.tables import facts_of, table_of
 
 # --- traces ---
 
@@ -16,7 +18,7 @@ from tidesim.result import PARTS
 def recording_table(document: Document) -> RenderableType:
     """What a tracing run did."""
     tokens, seconds = document["generated_tokens"], document["generate_s"]
-    return facts_table(
+    return facts_of(
         "Recorded",
         {
             "file": document["path"],
@@ -31,7 +33,7 @@ def recording_table(document: Document) -> RenderableType:
 def trace_table(document: Document) -> RenderableType:
     """What a trace is."""
     how = "with KV cache" if document["kv_cache"] else "without KV cache"
-    return facts_table(
+    return facts_of(
         "Trace",
         {
             "file": document["path"],
@@ -76,7 +78,7 @@ def statistics_tables(document: Document) -> RenderableType:
         "used_share": "experts ever used",
     }
     origin = document["trace"]["origin"]
-    table = new_table("Routing statistics", left=("quantity",), right=(f"this trace ({origin})",))
+    table = table_of("Routing statistics", left=("quantity",), right=(f"this trace ({origin})",))
     table.add_column("published")
     for key, name in names.items():
         table.add_row(name, _figure(found[key]), _PUBLISHED.get(key, ""))
@@ -93,7 +95,22 @@ def statistics_tables(document: Document) -> RenderableType:
         cosines = found[key]
         shown = " ".join(f"{cosines[lag - 1]:.3f}" for lag in (1, 2, 5, 8) if lag <= len(cosines))
         table.add_row(f"cosine of counts at lag 1 2 5 8, {regime}", shown or "-", published)
-    return Group(trace_table(document["trace"]), table, _layer_table(found))
+    cache = _cache_table(document["lru_hits_and_copies"])
+    return Group(trace_table(document["trace"]), table, _layer_table(found), cache)
+
+
+def _cache_table(curve: Document) -> Table:
+    """Hits and copies beside each other, as more of the former may take more of the latter."""
+    title = "LRU cache by budget (hits do not rank policies by time)"
+    table = table_of(title, left=(), right=("experts a layer", "hits", "copies per 1000 routed pairs"))
+    most = len(curve["hits"]) - 1
+    for eighths in (1, 2, 3, 4, 6):
+        budget = most * eighths // 8
+        copies = (curve["promotions"][budget] + curve["drops"][budget]) / (
+            curve["hits"][budget] + curve["misses"][budget]
+        )
+        table.add_row(str(budget), f"{100 * curve['hit_rate'][budget]:.1f} %", f"{1000 * copies:.1f}")
+    return table
 
 
 def _layer_table(found: Document) -> Table:
@@ -106,7 +123,7 @@ def _layer_table(found: Document) -> Table:
     }
     if found["lookahead_share"] is not None:
         columns["foretold"] = "lookahead_share_by_layer"
-    table = new_table("By MoE layer", left=(), right=("layer", *columns))
+    table = table_of("By MoE layer", left=(), right=("layer", *columns))
     for layer in range(len(found["distinct_experts_by_layer"])):
         cells = [found[key][layer] if layer < len(found[key]) else None for key in columns.values()]
         table.add_row(str(layer), *map(_figure, cells))
@@ -121,14 +138,14 @@ def _figure(value: float | None) -> str:
 
 
 def result_tables(document: Document) -> RenderableType:
-    """One run: what was run, what it came to, and where the time went."""
+    """One run: what was run, what it came to, where the time went, and what it waited for if that was asked."""
     how = "measured" if document["is_measured"] else "predicted"
     facts = {
         "model": document["model"],
         "routing" if document["is_measured"] else "trace": document["trace_origin"],
         "machine": document["hardware"],
         "execution": f"{document['execution']}, context {document['context']}" + _batch(document["batch_size"]),
-        "policy": document["policy"] + _interval(document["refresh_interval"]),
+        "policy": document["policy"] + _refreshes(document),
         "budget": f"{_per_layer(document['budget'])} experts a layer",
         "throughput": f"{document['tok_per_s']:.2f} tok/s {how} ({document['generated_tokens']} tokens "
         f"in {document['makespan_s']:.2f} s, {document['num_forwards']} forwards)",
@@ -143,12 +160,15 @@ def result_tables(document: Document) -> RenderableType:
         listed = " + ".join(f"{name} {num_bytes / GIB:.3f}" for name, num_bytes in taken.items())
         facts["device memory"] = f"{listed} = {sum(taken.values()) / GIB:.3f} GiB"
     title = "Measured run" if document["is_measured"] else "Simulated run"
-    return Group(facts_table(title, facts), part_table(document))
+    tables: list[RenderableType] = [facts_of(title, facts), part_table(document)]
+    if "critical_path" in document:
+        tables.append(critical_path_tables(document["critical_path"]))
+    return Group(*tables)
 
 
 def part_table(document: Document) -> Table:
     """Where the time of one run goes: each part in seconds and as a share of the makespan, and what it is."""
-    table = new_table("Where the time goes", left=("part",), right=("time", "share"))
+    table = table_of("Where the time goes", left=("part",), right=("time", "share"))
     table.add_column("what it is")
     for part, meaning in PARTS.items():
         part_s = document["breakdown_s"][part]
@@ -161,7 +181,7 @@ def part_table(document: Document) -> Table:
 def breakdown_table(documents: Sequence[Document]) -> Table:
     """Runs side by side: milliseconds a forward, and the share of the makespan by part."""
     parts = [part.replace("_", " ") for part in PARTS]
-    table = new_table("Where the time goes", left=("run",), right=("ms a forward", *parts))
+    table = table_of("Where the time goes", left=("run",), right=("ms a forward", *parts))
     for document in documents:
         shares = [100 * document["breakdown_s"][part] / document["makespan_s"] for part in PARTS]
         forward_ms = 1e3 * document["makespan_s"] / document["num_forwards"]
@@ -189,7 +209,7 @@ def comparison_tables(document: Document) -> RenderableType:
     columns = ("tok/s", "of ceiling", "hits", "GB copied", *parts.values(), "link")
     is_whole = document["has_own_executions"]
     left = ("policy", "execution") if is_whole else ("policy",)
-    table = new_table("Policies, by predicted throughput", left=left, right=columns)
+    table = table_of("Policies, by predicted throughput", left=left, right=columns)
     for row in document["rows"]:
         if row["is_best_of_family"] or row["refresh_interval"] == 1:
             shares = [100 * row["breakdown_s"][part] / row["makespan_s"] for part in parts]
@@ -199,7 +219,7 @@ def comparison_tables(document: Document) -> RenderableType:
             table.add_row(*([row["name"], row["execution"]] if is_whole else [row["name"]]), *cells)
     notes = [f"Note: {warning}" for warning in document["warnings"]]
     notes += [f"Left out: {name}, {reason}" for name, reason in document["left_out"].items()]
-    return Group(facts_table("Comparison", facts), table, "\n".join(notes))
+    return Group(facts_of("Comparison", facts), table, "\n".join(notes))
 
 
 def _batch(batch_size: int) -> str:
@@ -210,8 +230,21 @@ def _ids(sequences: Sequence[int]) -> str:
     return ", ".join(map(str, sequences)) if len(sequences) <= 8 else f"{len(sequences)} sequences"
 
 
-def _interval(refresh_interval: int | Sequence[int] | None) -> str:
-    return "" if refresh_interval is None else f", refresh every {_per_layer(refresh_interval)} steps"
+def _refreshes(document: Document) -> str:
+    if document["refresh_steps"] is not None:
+        return f", refresh at {_steps(document['refresh_steps'])}"
+    interval = document["refresh_interval"]
+    return "" if interval is None else f", refresh every {_per_layer(interval)} steps"
+
+
+def _steps(refresh_steps: Sequence[int] | Sequence[Sequence[int]]) -> str:
+    """Steps of a block, the same for all layers or some for each."""
+    rows = [row for row in refresh_steps if not isinstance(row, int)]
+    common = [step for step in refresh_steps if isinstance(step, int)] if not rows else rows[0]
+    if any(row != common for row in rows):
+        lengths = [len(row) for row in rows]
+        return f"each layer's own steps of a block, {min(lengths)} to {max(lengths)} of them"
+    return f"steps {_per_layer(common)} of each block" if common else "no step"
 
 
 def _per_layer(value: int | Sequence[int]) -> str:
@@ -237,19 +270,23 @@ def plan_tables(document: Document) -> RenderableType:
         "execution": f"{chosen['execution']}, context {chosen['context']}",
         "policy": chosen["policy"],
         "budget": f"{_spread(chosen['budget'])} experts a layer, {sum(chosen['budget'])} of {document['slots']} slots",
-        "refresh": "never"
-        if chosen["refresh_interval"] is None
-        else f"every {_spread(chosen['refresh_interval'])} steps",
+        "refresh": _planned_refreshes(chosen),
         "expect": f"{document['predicted']['tok_per_s']:.2f} tok/s{score}",
         "optimal": f"in its table to {100 * document['gap']:.2g} % ({document['solver']['solver']}); "
         f"{document['num_runs']} simulated runs, {document['total_s']:.0f} s",
-        "device memory": _memory(document["memory"], chosen),
+        "device memory": _memory(document, chosen),
         "in TIDE's code": f"max_gpu_experts_per_layer={tide_code['max_gpu_experts_per_layer']}, "
         f"jump_steps={tide_code['jump_steps']}",
     }
     facts |= {f"TIDE's own programme ({tide['policy']})": _tide(tide) for tide in document["tide"]}
     runs = [{**document["predicted"], "label": "this plan"}, *_labelled(document["baselines"])]
-    return Group(facts_table("Plan", facts), _ranking(document), breakdown_table(runs))
+    return Group(facts_of("Plan", facts), _ranking(document), breakdown_table(runs))
+
+
+def _planned_refreshes(chosen: Document) -> str:
+    if chosen["refresh_steps"] is not None:
+        return f"at {_steps(chosen['refresh_steps'])}"
+    return "never" if chosen["refresh_interval"] is None else f"every {_spread(chosen['refresh_interval'])} steps"
 
 
 def _ranking(document: Document) -> Table:
@@ -257,7 +294,7 @@ def _ranking(document: Document) -> Table:
     scored = document["held_out"]
     held_out = {} if scored is None else {run["baseline"]: run for run in scored["baselines"]}
     right = ("planned on, tok/s", "held out, tok/s", "plan is faster by", "hit rate")
-    table = new_table("Predicted throughput, with as many experts on the device", left=("",), right=right)
+    table = table_of("Predicted throughput, with as many experts on the device", left=("",), right=right)
     plan_s = document["predicted"]["tok_per_s"]
     best = scored["tok_per_s"] if scored else None
     table.add_row("this plan", f"{plan_s:.2f}", _rate(scored), "", f"{100 * document['predicted']['hit_rate']:.1f} %")
@@ -287,8 +324,9 @@ def _spread(values: Sequence[int]) -> str:
     return ", ".join(f"{value} ({count} layers)" for value, count in counts)
 
 
-def _memory(memory: Document, chosen: Document) -> str:
-    experts = sum(chosen["budget"]) * chosen["model"]["expert_bytes"]
+def _memory(document: Document, chosen: Document) -> str:
+    memory = document["memory"]
+    experts = (sum(chosen["budget"]) + document["scratch"]) * chosen["model"]["expert_bytes"]
     parts = {
         "experts": experts,
         "other weights": memory["non_experts"],

@@ -1,17 +1,18 @@
 """Any device that `torch.accelerator` reports: streams, events, and copies from pinned host memory.
 
-Two streams run beside the one that computes: promotions queue up on one, rows of tokens travel to the host on the
-other. Resident experts run as one grouped product per matrix. All calls to the device go through `DeviceCalls`, so
-the rest can be tried on a machine without one.
+Promotions queue up on a stream beside the one that computes. Resident experts run as one grouped product per matrix,
+and so do fetched ones whose copies are under way at once.
+A call to the device takes the host longer than most kernels run, so there are few: copies that are begun together wait
+for one event, indices travel in one piece, and memory and events are used again from layer to layer.
 
 Results equal those of the CPU kernels to rounding only: the device multiplies in bf16 with an order of sums of its own.
 Text may still depend on placement in the last bits of a near tie: an expert on the host sums in another order than the
 same expert on the device.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,76 +26,56 @@ from tidesim.engine import kernel
 from tidesim.engine.backend import Batch
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_backend import Worker
+from tidesim.engine.device_calls import DeviceCalls, Events
 from tidesim.engine.host_weights import HostWeights, expert_numel
 from tidesim.engine.model import NetworkConfig
+from tidesim.engine.slots import Place
 from tidesim.engine.times import Span
 
 Ints = npt.NDArray[np.int64]
 
 
-class DeviceCalls:
-    """What is asked of the accelerator: streams, events, pinned memory, and how much memory it has."""
-
-    def __init__(self) -> None:
-        device = torch.accelerator.current_accelerator()
-        assert device is not None
-        self.device = torch.device(device.type, torch.accelerator.current_device_index())
-
-    def new_stream(self) -> Any:
-        """A queue of device work that runs beside others."""
-        return torch.Stream(device=self.device)
-
-    def current_stream(self) -> Any:
-        """The queue that work goes to by default."""
-        return torch.accelerator.current_stream(self.device)
-
-    def on(self, stream: Any) -> AbstractContextManager[Any]:
-        """A context in which work goes to `stream`."""
-        context: AbstractContextManager[Any] = stream
-        return context
-
-    def record(self, stream: Any) -> Any:
-        """An event behind all that is queued on `stream`; it notes the time when it happens."""
-        event = torch.Event(device=self.device, enable_timing=True)
-        event.record(stream)
-        return event
-
-    def wait(self, stream: Any, event: Any) -> None:
-        """Have `stream` do nothing more until `event` has happened."""
-        stream.wait_event(event)
-
-    def elapsed_ms(self, start: Any, end: Any) -> float:
-        """Milliseconds between two events that have happened."""
-        return float(start.elapsed_time(end))
-
-    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Page-locked host memory."""
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
-
-    def memory_bytes(self) -> int:
-        """The memory of the device."""
-        module: Any = torch.get_device_module(self.device)
-        return int(module.get_device_properties(self.device).total_memory)
-
-
 class _Layout(NamedTuple):
-    """A batch on the device: tokens of the hits [num_hits], places [T, K], and where each slot's rows end [B]."""
+    """A batch on the device: the token of each pair [P], places [P], and where each slot's rows end [B]; all int32."""
 
     tokens: Tensor
     places: Tensor
     ends: Tensor
 
 
+class _Slab(NamedTuple):
+    """A slab of B slots: each of them, and the matrices of all, gate_up [B, D, 2 I] and down [B, I, D]."""
+
+    slots: tuple[Tensor, ...]
+    gate_up: Tensor
+    down: Tensor
+
+
+class _Arrival:
+    """A copy, and the event of its end for as long as it may be under way."""
+
+    __slots__ = ("event",)
+
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+
+class _Copies(NamedTuple):
+    """Copies that were begun together: the event of their start, and their arrivals."""
+
+    start: Any
+    arrivals: list[_Arrival]
+
+
 class _Missed(NamedTuple):
-    """Work under way on the host, where its results will be, and which pairs of the batch they belong to."""
+    """Work under way on the host, and which pairs it is about."""
 
     done: Future[None]
-    back: Tensor
-    pairs: slice | Ints
+    runs: list[slice]
 
 
 class AcceleratorBackend:
-    """See the module. Implements `offload.Backend`.
+    """See the module. Implements `offload.Backend`; what computes is the stream that is current when it is made.
 
     Parameters
     ----------
@@ -103,6 +84,8 @@ class AcceleratorBackend:
     calls : the device.
     is_detailed : keep what the host did in `spans`, for a timeline; copies are the device's own and not seen.
     """
+
+    is_async = True
 
     def __init__(
         self,
@@ -117,158 +100,205 @@ class AcceleratorBackend:
         kernel.compile_experts(weights.dtype)
         self.spans: list[Span] | None = [] if is_detailed else None
         self._host = Worker("host", self.spans)
-        self._copy_stream, self._rows_stream = calls.new_stream(), calls.new_stream()
-        self._copies: list[tuple[Any, Any]] = []
+        self._stream, self._copy_stream = calls.current_stream(), calls.new_stream()
+        self._events = Events(calls)
+        self._under_way: deque[_Copies] = deque()
         self._copies_ns = 0
-        self._buffers: dict[str, Tensor] = {}
+        self._pinned: dict[str, Tensor] = {}
+        self._on_device: dict[str, Tensor] = {}
         self.slabs: list[Tensor] = []
+        self._slabs: list[_Slab] = []
+        self._may_miss = True
         self._layout: _Layout | None = None
-        self._outputs = torch.empty(0)
+        self._num_groups = 0  # of fetched experts in this layer
 
     # --- slots and copies ---
 
     def open_slots(self, slabs: Sequence[int]) -> None:
         """See `offload.Backend`."""
-        numel = expert_numel(self._config)
-        shapes = [(num_slots, numel) for num_slots in slabs]
+        D, width = self._config.hidden_size, self._config.moe_intermediate_size
+        shapes = [(num_slots, expert_numel(self._config)) for num_slots in slabs]
         self.slabs = [torch.empty(shape, dtype=self._weights.dtype, device=self._calls.device) for shape in shapes]
+        self._may_miss = sum(slabs[:-1]) < sum(map(len, self._weights.layers))
+        self._slabs = [
+            _Slab(
+                slab.unbind(),
+                slab[:, : 2 * width * D].view(-1, 2 * width, D).transpose(1, 2),
+                slab[:, 2 * width * D :].view(-1, D, width).transpose(1, 2),
+            )
+            for slab in self.slabs
+        ]
 
-    def copy(self, layer: int, expert: int, slab: int, slot: int) -> Any:
+    def copy(self, places: Sequence[Place], is_free: bool = False) -> list[_Arrival]:
         """See `offload.Backend`. An arrival is an event of the copy stream."""
-        calls = self._calls
-        calls.wait(self._copy_stream, calls.record(calls.current_stream()))
-        with calls.on(self._copy_stream):
-            start = calls.record(self._copy_stream)
-            self.slabs[slab][slot].copy_(self._weights.layers[layer][expert], non_blocking=True)
-            arrival = calls.record(self._copy_stream)
-        self._copies.append((start, arrival))
-        return arrival
+        self._look_at_copies()
+        if not places:
+            return []
+        calls, events, stream, pieces = self._calls, self._events, self._copy_stream, self._weights.pieces
+        if not is_free:
+            begun = events.record(self._stream)
+            calls.wait(stream, begun)
+            events.give_back([begun])  # the copy stream waits for what the event stood for when it was told to
+        copies = _Copies(events.record(stream), [])
+        with calls.on(stream):
+            for layer, expert, slab, slot in places:
+                self._slabs[slab].slots[slot].copy_(pieces[layer][expert], non_blocking=True)
+                copies.arrivals.append(_Arrival(events.record(stream)))
+        self._under_way.append(copies)
+        return copies.arrivals
 
-    def has_arrived(self, arrival: Any) -> bool:
+    def has_arrived(self, arrival: _Arrival) -> bool:
         """See `offload.Backend`."""
-        return bool(arrival.query())
+        return arrival.event is None or bool(arrival.event.query())
 
-    def wait_for(self, arrival: Any) -> None:
+    def wait_for(self, arrival: _Arrival) -> None:
         """See `offload.Backend`. The device waits, not the calling thread."""
-        self._calls.wait(self._calls.current_stream(), arrival)
+        if arrival.event is not None:
+            self._calls.wait(self._stream, arrival.event)
+
+    def _look_at_copies(self) -> None:
+        """Take note of copies that are done, and their events back."""
+        while self._under_way and self.has_arrived(self._under_way[0].arrivals[-1]):
+            start, arrivals = self._under_way.popleft()
+            self._copies_ns += round(self._calls.elapsed_ms(start, arrivals[-1].event) * 1e6)
+            self._events.give_back([start, *(arrival.event for arrival in arrivals)])
+            for arrival in arrivals:
+                arrival.event = None
 
     # --- computing ---
 
-    def ids_on_host(self, expert_ids: Tensor) -> Ints:
-        """See `offload.Backend`."""
-        self._layout = None
+    def ids_on_host(self, x: Tensor, expert_ids: Tensor) -> tuple[Ints, Any]:
+        """See `offload.Backend`. Where an expert may be missed, the rows follow: all of them, as picking some takes
+        longer, and while this thread has nothing else to do."""
+        known, self._layout, self._num_groups = self.stamp(), None, 0
+        if self._may_miss:
+            self._room(self._pinned, "x", tuple(x.shape), torch.float32).copy_(x.float(), non_blocking=True)
+        self._calls.finish(self._stream)
         ids: Ints = expert_ids.cpu().numpy()
-        return ids
+        return ids, known
 
     def run_residents(self, slab: int, batch: Batch) -> None:
         """See `offload.Backend`."""
-        layout = self._lay_out(batch)
+        tokens, _, ends = self._lay_out(batch)
         if batch.num_hits:
-            rows = batch.x.index_select(0, layout.tokens)  # [num_hits, D]
-            self._outputs[: batch.num_hits] = self._run(rows, self.slabs[slab], layout.ends)
+            _, gate_up, down = self._slabs[slab]
+            run_grouped(batch.x, tokens[: batch.num_hits], gate_up, down, ends, self._on_device["outputs"])
 
-    def run_fetched(self, batch: Batch, expert: int, slab: int, slot: int) -> None:
-        """See `offload.Backend`."""
+    def run_fetched(self, batch: Batch, places: Sequence[Place]) -> None:
+        """See `offload.Backend`. Those of one slab run together."""
         self._lay_out(batch)
-        begin, end = batch.pairs.first[batch.num_slots + expert : batch.num_slots + expert + 2].tolist()
-        tokens = torch.from_numpy(batch.pairs.tokens[begin:end]).to(self._calls.device, non_blocking=True)
-        ends = torch.full((1,), end - begin, dtype=torch.int32, device=self._calls.device)
-        alone = self.slabs[slab][slot : slot + 1]
-        self._outputs[begin:end] = self._run(batch.x.index_select(0, tokens), alone, ends)
+        for slab in sorted({place.slab for place in places}):
+            group = sorted((place.slot, place.expert) for place in places if place.slab == slab)
+            rows = self._fetched_rows(batch, np.array(group, np.int64), len(self.slabs[slab]))
+            _, gate_up, down = self._slabs[slab]
+            product = expert_products(batch.x.index_select(0, rows.tokens), gate_up, down, rows.ends)
+            self._on_device["outputs"].index_copy_(0, rows.places, product.float())
 
-    def _run(self, rows: Tensor, slab: Tensor, ends: Tensor) -> Tensor:
-        """Outputs [n, D] of rows [n, D] that are sorted by slot; the rows of slot i end at ends[i]."""
-        D, width = self._config.hidden_size, self._config.moe_intermediate_size
-        gate_up = slab[:, : 2 * width * D].view(-1, 2 * width, D).transpose(1, 2)  # [B, D, 2 I]
-        down = slab[:, 2 * width * D :].view(-1, D, width).transpose(1, 2)  # [B, I, D]
-        gate, up = grouped_product(rows, gate_up, ends).chunk(2, dim=-1)  # [n, I] each
-        return grouped_product(functional.silu(gate) * up, down, ends)
+    def _fetched_rows(self, batch: Batch, group: Ints, num_slots: int) -> _Layout:
+        """Where the pairs of a group of fetched experts, rows (slot, expert) by slot, stand; on the device.
+
+        Each group of a layer has pinned memory of its own, as the one before it may still be on its way.
+        """
+        first, keys, num_pairs = batch.pairs.first, batch.num_slots + group[:, 1], len(batch.pairs.tokens)
+        begins, ends = first[keys], first[keys + 1]
+        places = np.concatenate([np.arange(*run) for run in zip(begins.tolist(), ends.tolist(), strict=True)])
+        n, name = len(places), f"group {self._num_groups}"
+        self._num_groups += 1
+        numbers = self._room(self._pinned, name, (2 * num_pairs + num_slots,), torch.long)[: 2 * n + num_slots]
+        per_slot = np.bincount(group[:, 0], weights=ends - begins, minlength=num_slots)
+        np.concatenate((places, batch.pairs.tokens[places], np.cumsum(per_slot)), out=numbers.numpy(), casting="unsafe")
+        there = numbers.to(self._calls.device, non_blocking=True)
+        at, tokens, slot_ends = torch.split(there, [n, n, num_slots])
+        return _Layout(tokens, at, slot_ends.int())
 
     def _lay_out(self, batch: Batch) -> _Layout:
         """The batch's indices on the device, and room for its outputs; made once for each layer."""
         if self._layout is None:
-            device, pairs = self._calls.device, batch.pairs
-            num_pairs = len(pairs.tokens)
-            if len(self._outputs) < num_pairs:
-                self._outputs = batch.x.new_empty((num_pairs, batch.x.shape[1]))
-            ends = torch.from_numpy(pairs.first[1 : batch.num_slots + 1].astype(np.int32))
-            parts = (torch.from_numpy(pairs.tokens[: batch.num_hits]), torch.from_numpy(pairs.places), ends)
-            self._layout = _Layout(*(part.to(device, non_blocking=True) for part in parts))
+            pairs, num_slots, num_pairs = batch.pairs, batch.num_slots, len(batch.pairs.tokens)
+            numbers = self._room(self._pinned, "numbers", (2 * num_pairs + num_slots,), torch.int32)
+            parts = (pairs.tokens, pairs.places.ravel(), pairs.first[1 : num_slots + 1])
+            np.concatenate(parts, out=numbers.numpy(), casting="same_kind")
+            there = self._room(self._on_device, "numbers", tuple(numbers.shape), torch.int32)
+            there.copy_(numbers, non_blocking=True)
+            self._room(self._on_device, "outputs", (num_pairs, self._config.hidden_size), torch.float32)
+            self._layout = _Layout(*torch.split(there, [num_pairs, num_pairs, num_slots]))
         return self._layout
 
     def start_missed(self, layer: int, batch: Batch, experts: Ints) -> _Missed:
-        """See `offload.Backend`. Rows travel on a stream of their own, so that the device goes on meanwhile."""
-        calls, mine = self._calls, batch.pairs_of(experts)
+        """See `offload.Backend`. The rows are on the host already. Results go to memory that is kept, as new memory is
+        handed over page by page."""
         self._lay_out(batch)
-        tokens = batch.pairs.tokens[mine]
-        rows = np.unique(tokens)
-        sent = self._buffer("sent", len(rows), batch.x)
-        calls.wait(self._rows_stream, calls.record(calls.current_stream()))
-        with calls.on(self._rows_stream):
-            index = torch.from_numpy(rows).to(calls.device, non_blocking=True)
-            sent.copy_(batch.x.index_select(0, index), non_blocking=True)
-            there = calls.record(self._rows_stream)
-        back = self._buffer("back", len(tokens), batch.x)
+        T, P, D = len(batch.x), len(batch.pairs.tokens), self._config.hidden_size
+        x = self._room(self._pinned, "x", (T, D), torch.float32)
+        outputs = self._room(self._pinned, "outputs", (P, D), torch.float32)
 
         def run() -> None:
-            there.synchronize()
-            x = np.empty((len(batch.x), batch.x.shape[1]), np.float32)
-            x[rows] = sent.float().numpy()
-            outputs = np.empty((len(batch.pairs.tokens), x.shape[1]), np.float32)
-            at, width = self._weights.at[layer].of(experts), self._config.moe_intermediate_size
-            self._host_cores.run_experts(x, batch.pairs, batch.num_slots + experts, at, self._like, width, outputs)
-            back.copy_(torch.from_numpy(outputs[mine]))
+            at, width, keys = self._weights.at[layer].of(experts), self._config.moe_intermediate_size, batch.num_slots
+            arrays = (x.numpy(), batch.pairs, keys + experts, at, self._like, width, outputs.numpy())
+            self._host_cores.run_experts(*arrays)
 
-        return _Missed(self._host.submit("experts", layer, run), back, mine)
+        return _Missed(self._host.submit("experts", layer, run), batch.runs_of(experts))
 
     def finish_missed(self, started: _Missed) -> None:
         """See `offload.Backend`."""
         started.done.result()
-        if isinstance(started.pairs, slice):
-            self._outputs[started.pairs].copy_(started.back, non_blocking=True)
-        else:
-            index = torch.from_numpy(started.pairs).to(self._calls.device, non_blocking=True)
-            self._outputs.index_copy_(0, index, started.back.to(self._calls.device, non_blocking=True))
+        for pairs in started.runs:
+            self._on_device["outputs"][pairs].copy_(self._pinned["outputs"][pairs], non_blocking=True)
 
-    def _buffer(self, name: str, num_rows: int, like: Tensor) -> Tensor:
-        """Pinned memory for so many rows; it is kept, and free again once the device has asked for the next layer."""
-        if name not in self._buffers or len(self._buffers[name]) < num_rows:
-            self._buffers[name] = self._calls.pinned((num_rows, like.shape[1]), like.dtype)
-        return self._buffers[name][:num_rows]
+    def _room(self, rooms: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory that is kept from layer to layer; whatever it was used for before is done when the host knows the next
+        layer's ids."""
+        if name not in rooms or len(rooms[name]) < shape[0]:
+            is_pinned = rooms is self._pinned
+            made = (
+                self._calls.pinned(shape, dtype)
+                if is_pinned
+                else torch.empty(shape, dtype=dtype, device=self._calls.device)
+            )
+            rooms[name] = made
+        return rooms[name][: shape[0]]
 
     def combine(self, batch: Batch, weights: Tensor) -> Tensor:
         """See `offload.Backend`."""
-        places = self._lay_out(batch).places
-        picked = self._outputs.index_select(0, places.flatten()).view(*places.shape, -1).float()  # [T, K, D]
-        return (picked * weights[:, :, None]).sum(1)
+        picked = self._on_device["outputs"].index_select(0, self._lay_out(batch).places)  # [P, D]
+        return torch.bmm(weights[:, None], picked.view(*weights.shape, -1))[:, 0]
 
     # --- time ---
 
     def stamp(self) -> Any:
         """See `offload.Backend`: an event of the stream that computes."""
-        return self._calls.record(self._calls.current_stream())
+        return self._events.record(self._stream)
 
     def elapsed_ns(self, stamps: Sequence[Any]) -> list[int]:
         """See `offload.Backend`."""
         stamps[-1].synchronize()
-        return [round(self._calls.elapsed_ms(start, end) * 1e6) for start, end in pairwise(stamps)]
+        elapsed_ns = [round(self._calls.elapsed_ms(start, end) * 1e6) for start, end in pairwise(stamps)]
+        self._events.give_back(stamps)
+        return elapsed_ns
 
     def busy_ns(self) -> dict[str, int]:
-        """See `offload.Backend`."""
-        under_way = []
-        for start, arrival in self._copies:
-            if arrival.query():
-                self._copies_ns += round(self._calls.elapsed_ms(start, arrival) * 1e6)
-            else:
-                under_way.append((start, arrival))
-        self._copies = under_way
+        """See `offload.Backend`. Copies count once all that were begun together are done."""
+        self._look_at_copies()
         return {"host": self._host.busy_ns, "h2d": self._copies_ns}
 
     def close(self) -> None:
         """See `offload.Backend`."""
         self._host.close()
-        self._calls.record(self._copy_stream).synchronize()
-        self.slabs, self._buffers = [], {}
+        self._calls.finish(self._copy_stream)
+        self.slabs, self._slabs, self._pinned, self._on_device = [], [], {}, {}
+
+
+def run_grouped(x: Tensor, tokens: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, out: Tensor) -> None:
+    """Experts in slots on rows of x [T, D]: those of `tokens` [n], sorted by slot, of which slot i has the last at
+    ends[i] - 1. Results go into the first n rows of `out` [P, D] float32; gate_up [B, D, 2 I], down [B, I, D].
+    """
+    out[: len(tokens)].copy_(expert_products(x.index_select(0, tokens), gate_up, down, ends))
+
+
+def expert_products(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+    """Experts in slots on rows [n, D] that are sorted by slot, see `run_grouped`; [n, D]."""
+    gate, up = grouped_product(rows, gate_up, ends).chunk(2, dim=-1)  # [n, I] each
+    return grouped_product(functional.silu(gate) * up, down, ends)
 
 
 def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

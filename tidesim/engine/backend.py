@@ -11,6 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tidesim.engine.kernel import Pairs
+from tidesim.engine.slots import Place
 from tidesim.engine.times import Span
 from tidesim.errors import InputError
 from tidesim.execution import Execution
@@ -55,6 +56,14 @@ class Batch(NamedTuple):
             return slice(self.num_hits, len(self.pairs.tokens))
         return np.concatenate([np.arange(first[key], first[key + 1]) for key in keys])
 
+    def runs_of(self, experts: Ints) -> list[slice]:
+        """The same as few slices, for ascending `experts`."""
+        first, keys = self.pairs.first, self.num_slots + experts
+        begins, ends = first[keys], first[keys + 1]
+        gaps = np.flatnonzero(begins[1:] > ends[:-1])
+        starts, stops = begins[np.concatenate(([0], gaps + 1))], ends[np.concatenate((gaps, [len(keys) - 1]))]
+        return [slice(*pair) for pair in zip(starts.tolist(), stops.tolist(), strict=True)]
+
 
 class Backend(Protocol):
     """Memories, copies and computations of one machine. Experts are copied in the order in which that is asked for.
@@ -62,17 +71,20 @@ class Backend(Protocol):
     Attributes
     ----------
     spans : what its workers did, if it was asked to keep that.
+    is_async : whether what is begun on the device is not waited for, so that the calling thread goes on beside it.
     """
 
     spans: list[Span] | None
+    is_async: bool
 
     def open_slots(self, slabs: Sequence[int]) -> None:
         """Set up slabs of so many empty slots each."""
 
-    def copy(self, layer: int, expert: int, slab: int, slot: int) -> Any:
-        """Begin to copy an expert into a slot, behind all copies begun before; returns its arrival.
+    def copy(self, places: Sequence[Place], is_free: bool = False) -> Sequence[Any]:
+        """Begin to copy experts into their slots, one after another, behind all copies begun before; their arrivals.
 
-        What was begun on the device before may still use the slot: the copy waits for that.
+        What was begun on the device before may still use the slots, and the copies wait for that; unless the slots are
+        free: nothing uses them that was begun since `ids_on_host`.
         """
 
     def has_arrived(self, arrival: Any) -> bool:
@@ -81,14 +93,15 @@ class Backend(Protocol):
     def wait_for(self, arrival: Any) -> None:
         """Have the device do nothing more until a copy is done. Raise what the copy raised."""
 
-    def ids_on_host(self, expert_ids: Tensor) -> Ints:
-        """The choices [T, K] of a forward, on the host; waits for the device to have made them."""
+    def ids_on_host(self, x: Tensor, expert_ids: Tensor) -> tuple[Ints, Any]:
+        """The choices [T, K] of a forward for its rows x [T, D], on the host, and the stamp of when the device had made
+        them; waits for that, and for all before."""
 
     def run_residents(self, slab: int, batch: Batch) -> None:
         """Run the experts in `batch.used_slots` of a slab on their pairs, all at once."""
 
-    def run_fetched(self, batch: Batch, expert: int, slab: int, slot: int) -> None:
-        """Run on the device one expert that `batch` holds as missed and that now lies in a slot."""
+    def run_fetched(self, batch: Batch, places: Sequence[Place]) -> None:
+        """Run on the device experts that `batch` holds as missed and that now lie in slots."""
 
     def start_missed(self, layer: int, batch: Batch, experts: Ints) -> Any:
         """Begin to run `experts`, all or some of `batch.missed`, away from the device."""
@@ -103,7 +116,10 @@ class Backend(Protocol):
         """A point in time of the device."""
 
     def elapsed_ns(self, stamps: Sequence[Any]) -> list[int]:
-        """Nanoseconds from each stamp to the next, once the device has passed the last one."""
+        """Nanoseconds from each stamp to the next, once the device has passed the last one.
+
+        The stamps may be used for other points in time after that.
+        """
 
     def busy_ns(self) -> dict[str, int]:
         """How long "host" and "h2d" have been at work since the slots were opened."""

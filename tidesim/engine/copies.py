@@ -1,6 +1,7 @@
 """The copies that one layer of one forward asks for, and when each of them may begin."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,17 +77,18 @@ class Copies:
 
     def begin(self, num_done: int) -> None:
         """Begin the copies that may begin when so many parts of the layer have run."""
-        copies = self.fetched + self._ahead
-        while len(self.arrivals) < len(copies) and copies[len(self.arrivals)].due <= num_done:
-            self.begin_one()
+        waiting = (self.fetched + self._ahead)[len(self.arrivals) :]
+        self._begin([copy.place for copy in takewhile(lambda copy: copy.due <= num_done, waiting)], not num_done)
 
     def begin_one(self) -> Any:
         """Begin the next copy; its arrival."""
-        number = len(self.arrivals)
-        place, _ = (self.fetched + self._ahead)[number]
-        arrival = self._backend.copy(*place)
-        self.arrivals.append(arrival)
-        has_rows = place.layer == self._layer and self._counts[place.expert] > 0
-        if place.slab != self._slots.scratch_slab and not (number < len(self.fetched) and has_rows):
-            self._slots.in_flight[place.layer][place.expert] = arrival
-        return arrival
+        self._begin([(self.fetched + self._ahead)[len(self.arrivals)].place], is_free=False)
+        return self.arrivals[-1]
+
+    def _begin(self, places: Sequence[Place], is_free: bool) -> None:
+        for place, arrival in zip(places, self._backend.copy(places, is_free), strict=True):
+            is_own = len(self.arrivals) < len(self.fetched)
+            self.arrivals.append(arrival)
+            has_rows = place.layer == self._layer and self._counts[place.expert] > 0
+            if place.slab != self._slots.scratch_slab and not (is_own and has_rows):
+                self._slots.in_flight[place.layer][place.expert] = arrival

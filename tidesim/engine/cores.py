@@ -15,6 +15,9 @@ from tidesim.engine.tiles import no_progress
 
 # Multiply-adds below which a share is not worth another thread: waking one takes as long as about so many.
 _LEAST_SHARE = 1 << 20
+# Parts of work for each thread, so that they end together; and the fewest outputs that are worth a part.
+_TURNS = 4
+_LEAST_OUTPUTS = 32
 
 Call = tuple[Callable[..., None], tuple[Any, ...]]
 
@@ -30,6 +33,7 @@ class Cores:
         if num_threads < 1:
             raise ValueError(f"num_threads(={num_threads}) must be >= 1.")
         self.num_threads = num_threads
+        self._hidden = np.zeros((0, 0), np.float32)
         self._calls: list[SimpleQueue[Call | None]] = [SimpleQueue() for _ in range(num_threads - 1)]
         self._helpers = [threading.Thread(target=_help, args=(calls,), daemon=True) for calls in self._calls]
         for helper in self._helpers:
@@ -75,7 +79,10 @@ class Cores:
         order, num_tiles = kernel.busiest_first(pairs.counts, keys)
         num_products = num_tiles * kernel.ROW_TILE * 3 * width * x.shape[1]
         which = (pairs.tokens, pairs.first, keys, order)
-        self.run(kernel.run_experts, num_products, x, *which, *weights, like, width, out)
+        num_parts = min(-(-_TURNS * self.num_threads // max(1, len(keys))), max(1, width // _LEAST_OUTPUTS))
+        if self._hidden.shape[1] != width or len(self._hidden) < len(out) + kernel.ROW_TILE:
+            self._hidden = np.zeros((len(out) + kernel.ROW_TILE, width), np.float32)
+        self.run(kernel.run_experts, num_products, x, *which, *weights, like, width, num_parts, self._hidden, out)
 
 
 def _help(calls: "SimpleQueue[Call | None]") -> None:

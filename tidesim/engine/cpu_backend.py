@@ -23,6 +23,7 @@ from tidesim.engine.cores import Cores
 from tidesim.engine.host_weights import addresses, expert_numel, plain_memory
 from tidesim.engine.kernel import ExpertWeights
 from tidesim.engine.model import NetworkConfig
+from tidesim.engine.slots import Place
 from tidesim.engine.times import Span
 
 Floats = npt.NDArray[np.float32]
@@ -93,6 +94,7 @@ class CpuBackend:
     """
 
     activation_bytes = 4
+    is_async = False
 
     def __init__(
         self,
@@ -125,6 +127,14 @@ class CpuBackend:
         self.slabs = [plain_memory((num_slots, expert_numel(self.config)), self.dtype) for num_slots in slabs]
         self._slots_at = [addresses(slab, self.config) for slab in self.slabs]
 
+    def copy(self, places: Sequence[Place], is_free: bool = False) -> list[Future[None]]:
+        """See `offload.Backend`. Nothing is ever under way on the device when a copy begins."""
+        return [self.copy_one(*place) for place in places]
+
+    def copy_one(self, layer: int, expert: int, slab: int, slot: int) -> Future[None]:
+        """Begin to copy one expert; its arrival."""
+        raise NotImplementedError
+
     def has_arrived(self, arrival: Future[None]) -> bool:
         """See `offload.Backend`."""
         return arrival.done()
@@ -135,10 +145,10 @@ class CpuBackend:
 
     # --- computing ---
 
-    def ids_on_host(self, expert_ids: Tensor) -> Ints:
+    def ids_on_host(self, x: Tensor, expert_ids: Tensor) -> tuple[Ints, int]:
         """See `offload.Backend`."""
         self.slow_down(self._since_ns, self._device_factor)
-        return expert_ids.numpy()
+        return expert_ids.numpy(), self.stamp()
 
     def make_room(self, batch: Batch) -> None:
         """Have `outputs` hold a row for each pair of `batch`; called on the device's thread."""
@@ -153,9 +163,11 @@ class CpuBackend:
         if len(used):
             self._run_on_device(batch, used, self._slots_at[slab].of(used))
 
-    def run_fetched(self, batch: Batch, expert: int, slab: int, slot: int) -> None:
+    def run_fetched(self, batch: Batch, places: Sequence[Place]) -> None:
         """See `offload.Backend`."""
-        self._run_on_device(batch, np.array([batch.num_slots + expert]), self._slots_at[slab].of(np.array([slot])))
+        for _, expert, slab, slot in places:
+            at = self._slots_at[slab].of(np.array([slot]))
+            self._run_on_device(batch, np.array([batch.num_slots + expert]), at)
 
     def _run_on_device(self, batch: Batch, keys: Ints, at: ExpertWeights) -> None:
         start_ns = perf_counter_ns()

@@ -34,8 +34,8 @@ class DiskBackend(CpuBackend):
         self._ring = plain_memory((RING, expert_numel(config)), drive.dtype)
         self._ring_at = addresses(self._ring, config)
 
-    def copy(self, layer: int, expert: int, slab: int, slot: int) -> Future[None]:
-        """See `offload.Backend`."""
+    def copy_one(self, layer: int, expert: int, slab: int, slot: int) -> Future[None]:
+        """See `CpuBackend`."""
         target = as_bytes(self.slabs[slab][slot])
         return self.workers["h2d"].submit(
             f"promote {expert}", layer, lambda: self._drive.read_expert(layer, expert, target)

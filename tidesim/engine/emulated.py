@@ -78,8 +78,8 @@ class EmulatedBackend(CpuBackend):
         self._weights, self._host_cores = weights, host_cores
         self._host_rows, self._host_outputs = self.outputs, self.outputs
 
-    def copy(self, layer: int, expert: int, slab: int, slot: int) -> Future[None]:
-        """See `offload.Backend`."""
+    def copy_one(self, layer: int, expert: int, slab: int, slot: int) -> Future[None]:
+        """See `CpuBackend`."""
         link, target = self._pace.weights, self.slabs[slab][slot]
         least_s = 0.0 if link is None else link.copy_s(self.expert_bytes)
         return self.workers["h2d"].submit(

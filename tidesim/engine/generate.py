@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tidesim.engine.model import KVCache, LLaDA2, Routing, block_causal_mask
+from tidesim.engine.model import LLaDA2, Routing, block_causal_mask
 from tidesim.errors import InputError
 from tidesim.trace import ForwardKind, ForwardRouting, SequenceRouting
 
@@ -159,7 +159,7 @@ class _Decoder:
         self.canvas[: len(prompt)] = torch.tensor(prompt, device=device)
         self.positions = torch.arange(size, device=device)
         self.mask = block_causal_mask(size, self.block_length, device)
-        self.cache = KVCache(network.config, size, network.norm.weight) if sampler.kv_cache else None
+        self.cache = network.new_cache(size) if sampler.kv_cache else None
         self.generation = Generation(prompt)
         self.began_ns = 0
 

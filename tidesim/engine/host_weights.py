@@ -88,10 +88,12 @@ class HostWeights:
     Attributes
     ----------
     dtype, expert_bytes : what experts are stored in, and bytes of one. at : where they lie, by layer.
+    pieces : by layer and expert, the same memory as `layers`.
     """
 
     def __init__(self, layers: list[Tensor], config: NetworkConfig) -> None:
         self.layers = layers
+        self.pieces = [experts.unbind() for experts in layers]
         self.dtype = layers[0].dtype
         self.expert_bytes = layers[0].shape[1] * layers[0].element_size()
         self.at = [addresses(pieces, config) for pieces in layers]

@@ -221,11 +221,13 @@ def run_experts(
     down_at: Ints,
     like: Any,
     width: int,
+    num_parts: int,
+    hidden: Floats,
     out: Floats,
 ) -> None:
     """out[p] = down(silu(gate x) * up x) for the pairs p of each expert, x being x[tokens[p]].
 
-    Threads take one expert after another, in an order given.
+    Threads take one part of an expert after another, in an order given: first of gate and up, then of down.
 
     Parameters
     ----------
@@ -233,30 +235,43 @@ def run_experts(
     tokens, first : see `Pairs`. keys : int64 [A], of the experts. order : int64 [A], of places in `keys`.
     gate_at, up_at, down_at : int64 [A], see `ExpertWeights`.
     like : any array of the dtype that weights are stored in. width : I.
+    num_parts : of each expert's outputs; with one, a few experts would keep a few threads busy.
+    hidden : float32 [P + ROW_TILE, I], memory for what is between the two.
     """
-    D = x.shape[1]
+    D, num_tiles = x.shape[1], len(keys) * num_parts
     rows, gates, ups = (
         np.zeros((CHUNK, D), np.float32),
-        np.zeros((CHUNK, width), np.float32),
+        np.empty((CHUNK, width), np.float32),
         np.empty((CHUNK, width), np.float32),
     )
     turn = first_tile(progress, 0)
-    while turn < len(keys):
-        a = order[turn]
-        begin, end = first[keys[a]], first[keys[a] + 1]
-        gate = carray(_pointer(gate_at[a], like), (width, D))
-        up = carray(_pointer(up_at[a], like), (width, D))
-        down = carray(_pointer(down_at[a], like), (D, width))
-        for start in range(begin, end, CHUNK):
+    while turn < num_tiles:
+        a, part = order[turn // num_parts], turn % num_parts
+        here, there = width * part // num_parts, width * (part + 1) // num_parts
+        gate = carray(_pointer(gate_at[a], like), (width, D))[here:there]
+        up = carray(_pointer(up_at[a], like), (width, D))[here:there]
+        end = first[keys[a] + 1]
+        for start in range(first[keys[a]], end, CHUNK):
             num_rows = min(CHUNK, end - start)
             for r in range(num_rows):
                 rows[r] = x[tokens[start + r]]
             multiply(gate, rows, num_rows, gates, 0, 0)
             multiply(up, rows, num_rows, ups, 0, 0)
-            activate(gates, ups, num_rows, 0, width)
-            multiply(down, gates, num_rows, out, start, 0)
+            activate(gates, ups, num_rows, 0, there - here)
+            for r in range(num_rows):
+                hidden[start + r, here:there] = gates[r, : there - here]
         turn = next_tile(progress, 0)
-    wait_for(progress, 0, len(keys))
+    wait_for(progress, 0, num_tiles)
+    turn = first_tile(progress, 1)
+    while turn < num_tiles:
+        a, part = order[turn // num_parts], turn % num_parts
+        here, there = D * part // num_parts, D * (part + 1) // num_parts
+        down = carray(_pointer(down_at[a], like), (D, width))[here:there]
+        end = first[keys[a] + 1]
+        for start in range(first[keys[a]], end, CHUNK):
+            multiply(down, hidden[start:], min(CHUNK, end - start), out, start, here)
+        turn = next_tile(progress, 1)
+    wait_for(progress, 1, num_tiles)
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
@@ -303,7 +318,8 @@ def compile_experts(dtype: torch.dtype) -> None:
     x, weights, out = np.zeros((1, 2), np.float32), np.zeros(4, STORED[dtype]), np.zeros((1, 2), np.float32)
     at = (np.array([weights.ctypes.data]),) * 3
     order, _ = busiest_first(pairs.counts, only)
-    run_experts(no_progress(), x, pairs.tokens, pairs.first, only, order, *at, weights[:0], 2, out)
+    hidden = np.zeros((1 + ROW_TILE, 2), np.float32)
+    run_experts(no_progress(), x, pairs.tokens, pairs.first, only, order, *at, weights[:0], 2, 1, hidden, out)
     combine(out, pairs.places, np.zeros((1, 1), np.float32))
 
 

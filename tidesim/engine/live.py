@@ -14,11 +14,13 @@ from typing import Protocol, Self
 
 import torch
 
-from tidesim.engine.accelerator import AcceleratorBackend, DeviceCalls
+from tidesim.engine.accelerator import AcceleratorBackend
 from tidesim.engine.backend import Backend, check_execution
 from tidesim.engine.checkpoint import Checkpoint, load_without_experts, random_without_experts
 from tidesim.engine.cores import Cores
 from tidesim.engine.cpu_network import on_cores
+from tidesim.engine.device_calls import DeviceCalls
+from tidesim.engine.device_network import MOST_ROOMS, DeviceNetwork, room_bytes
 from tidesim.engine.disk import DiskBackend
 from tidesim.engine.drive import Drive
 from tidesim.engine.emulated import EmulatedBackend, Pace
@@ -175,11 +177,12 @@ class LiveModel:
 
         `scratch` experts fit into scratch memory besides the slots.
 
-        Transient: the outputs of all routed pairs of the longest forward, which are kept; logits of a block as
-        computed and as float32, with their probabilities; the activations of a layer, of which six are as wide as the
-        hidden state and two as the widest map, or on an accelerator, if that is more, the gathered rows and hidden rows
-        of a grouped product and the float32 outputs that are weighed. They are added up: an allocator keeps what one
-        of them gave back.
+        Transient: the outputs of all routed pairs of the longest forward, which are kept, on an accelerator in float32;
+        logits of a block as computed and as float32, with their probabilities; the activations of a layer, of which six
+        are as wide as the hidden state and two as the widest map, or on an accelerator, if that is more, the gathered
+        rows and hidden rows of a grouped product and the float32 outputs that are weighed. An accelerator also has
+        rooms that forwards run in, and the activations of a layer once more for its graphs. They are added up: an
+        allocator keeps what one of them gave back.
         """
         sizes, number = self.sizes, self.network.norm.weight.element_size()
         tensors = (*self.network.parameters(), *self.network.buffers())
@@ -188,15 +191,27 @@ class LiveModel:
         widest = max(sizes.intermediate_size, (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim)
         layer = max_tokens * (6 * sizes.hidden_size + 2 * widest) * number + max_tokens**2
         grouped = pairs * ((sizes.hidden_size + 3 * sizes.moe_intermediate_size) * number + 4 * sizes.hidden_size)
+        transient = pairs * sizes.hidden_size * number + head + layer
+        if self.kind == "accelerator":
+            rooms = self._rooms_bytes(execution, max_tokens)
+            transient = pairs * sizes.hidden_size * 4 + head + max(layer, grouped) + layer + rooms
         return DeviceMemory(
             experts=(sum(budgets) + scratch) * self.expert_bytes,
             non_experts=sum(tensor.nbytes for tensor in tensors),
             kv_cache=max_tokens * sizes.kv_bytes_per_token * number // 2 if execution.kv_cache else 0,
-            transient=pairs * sizes.hidden_size * number
-            + head
-            + max(layer, grouped if self.kind == "accelerator" else 0),
+            transient=transient,
             reserve=0,
         )
+
+    def _rooms_bytes(self, execution: Execution, max_tokens: int) -> int:
+        """The rooms of an accelerator: those of blocks or, without a cache, of whole sequences; one of a prefill."""
+        sizes, number = self.sizes, self.network.norm.weight.element_size()
+        groups = sizes.num_heads // sizes.num_kv_heads
+        num_rows = sizes.block_length if execution.kv_cache else max_tokens
+        kept, passing = (
+            room_bytes(sizes.hidden_size, groups, rows, max_tokens, number) for rows in (num_rows, max_tokens)
+        )
+        return MOST_ROOMS * kept + passing
 
 
 def open_model(folder: Path, settings: DeviceSettings) -> LiveModel:
@@ -284,11 +299,18 @@ def _on_accelerator(
     network: LLaDA2, sizes: MoEConfig, weights: HostWeights, settings: DeviceSettings, calls: DeviceCalls
 ) -> LiveModel:
     """The network on the device that `calls` reaches, and experts in pinned memory."""
-    host_cores = Cores(settings.host_threads)
+    host_cores, one_thread = Cores(settings.host_threads), _OneTorchThread()
+    network = DeviceNetwork(network, calls)
 
     def make_backend(is_detailed: bool) -> Backend:
         return AcceleratorBackend(network.config, weights, host_cores, calls, is_detailed)
 
     return LiveModel(
-        network, sizes, settings.kind, weights.expert_bytes, make_backend, (host_cores,), calls.memory_bytes()
+        network,
+        sizes,
+        settings.kind,
+        weights.expert_bytes,
+        make_backend,
+        (host_cores, one_thread),
+        calls.memory_bytes(),
     )

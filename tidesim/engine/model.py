@@ -387,6 +387,10 @@ class LLaDA2(nn.Module):
                 routings.append(routing)
         return self.norm(x), routings
 
+    def new_cache(self, max_tokens: int) -> KVCache:
+        """An empty cache for a sequence of `max_tokens` tokens; those of earlier sequences may be used no more."""
+        return KVCache(self.config, max_tokens, self.norm.weight)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, computed in the model dtype and handed out in float32. [..., D] -> [..., V]."""
         return cast(Tensor, self.lm_head(hidden)).float()

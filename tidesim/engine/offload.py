@@ -62,7 +62,8 @@ class Offload:
 
     Attributes
     ----------
-    forced : expert ids [T, L, K] to use in place of the router's in the next forward; set by whoever replays a trace.
+    forced : expert ids [T, L, K] to use in place of the router's in the next forward, once the router has chosen; set
+        by whoever replays a trace.
 
     Raise InputError if the engine cannot follow `execution`, BudgetError if a budget exceeds the number of experts.
     """
@@ -92,14 +93,15 @@ class Offload:
             is_pooled=policy.scope == "network",
             scratch=policy.scratch_experts(self.num_experts),
         )
-        self.forced: Tensor | None = None
+        self.forced: Ints | None = None
         self.hits = self.misses = self.promotions = self.evictions = self.drops = self.num_forwards = 0
         self.times = Times(len(self.budgets), is_detailed)
         self._next = ForwardInfo(-1, -1, ForwardKind.DENOISE, 0, 0, is_first_block=False, tokens=0)
         backend.open_slots(self.slots.sizes)
-        # Filling the slots is no part of the run.
-        for arrival in [backend.copy(*place) for place in self.slots.places()]:
+        # Filling the slots is no part of the run, and done before it begins.
+        for arrival in backend.copy(list(self.slots.places())):
             backend.wait_for(arrival)
+        backend.elapsed_ns([backend.stamp(), backend.stamp()])
         self._busy_before_ns = backend.busy_ns()
         for layer, moe in enumerate(network.moe_layers):
             moe.experts = OffloadedExperts(self, layer)
@@ -145,21 +147,27 @@ class Offload:
 
     def run_layer(self, layer: int, x: Tensor, routing: Routing) -> Tensor:
         """The routed experts of one layer, and the policy's moves before or after them. -> [T, D] float32."""
-        expert_ids = routing.expert_ids if self.forced is None else self.forced[:, layer]
-        ids = self.backend.ids_on_host(expert_ids)
-        self._passed("dense", layer)
+        ids, known = self.backend.ids_on_host(x, routing.expert_ids)
+        self.times.passed("dense", layer, known)
+        if self.forced is not None:
+            ids = np.ascontiguousarray(self.forced[:, layer])
         counts = np.bincount(ids.ravel(), minlength=self.num_experts).astype(np.int32)
         policy, everybody = self.policy, self.slots.residency.everybody
+        moved, is_early = [], self.is_background and self.backend.is_async
+        if is_early:
+            # Who is resident is known, so the device need not wait for what is decided about the others.
+            batch = self._batch(layer, x, ids)
+            self._run_residents(layer, batch, self._needed(layer, counts))
         policy.observe(self._next, layer, counts, everybody)
-        moved = []
         if not self.is_background:
             moved.append(policy.refresh(self._next, layer, counts, everybody))
             self._move_now(layer, layer, moved[0])
-        batch = self._batch(layer, x, ids)
+        if not is_early:
+            batch = self._batch(layer, x, ids)
         serving = policy.serve(self._next, layer, batch.missed.tolist(), counts, everybody)
         serving.check(layer, self.slots.scratch)
         moved.append(serving.keep)
-        ahead = self._run(layer, batch, counts, serving)
+        ahead = self._run(layer, batch, counts, serving, is_early)
         output = self.backend.combine(batch, routing.expert_weights)
         if self.is_background:
             moved.append(policy.refresh(self._next, layer, counts, everybody))
@@ -173,23 +181,23 @@ class Offload:
         pairs = sorted_pairs(ids, self.slots.of[layer], num_slots)
         return Batch(x, pairs, num_slots, int(pairs.first[num_slots]))
 
-    def _run(self, layer: int, batch: Batch, counts: Counts, serving: Serving) -> Sequence[Ahead]:
-        """Resident experts on the device, and each fetched one when it is there; the others away from it, beside it or
-        after it. Returns the moves in other layers, which are under way then."""
+    def _run(self, layer: int, batch: Batch, counts: Counts, serving: Serving, is_begun: bool) -> Sequence[Ahead]:
+        """Resident experts on the device, if they have not begun, and fetched ones when they are there; the others away
+        from it, beside it or after it. Returns the moves in other layers, which are under way then."""
         backend, missed = self.backend, batch.missed.tolist()
         on_host = np.array(serving.on_host(missed), np.int64)
-        started = backend.start_missed(layer, batch, on_host) if len(on_host) and self.is_parallel else None
-        needed = self._needed(layer, counts)
+        needed = [] if is_begun else self._needed(layer, counts)
         copies = Copies(self.slots, backend, layer, counts, serving)
         ahead: Sequence[Ahead] = ()
         if self.is_background:
             ahead = self.policy.ahead(self._next, layer, counts, self.slots.residency.everybody)
             copies.add_ahead(ahead)
             copies.begin(num_done=0)
+        # Only now: the threads that it wakes get in the way of this one.
+        started = backend.start_missed(layer, batch, on_host) if len(on_host) and self.is_parallel else None
         self._passed("launch", layer)
-        self._wait(layer, needed)
-        backend.run_residents(self.slots.slab(layer), batch)
-        self._passed("device", layer)
+        if not is_begun:
+            self._run_residents(layer, batch, needed)
         self._run_fetched(layer, batch, copies, set(missed))
         if len(on_host):
             backend.finish_missed(started if self.is_parallel else backend.start_missed(layer, batch, on_host))
@@ -200,32 +208,50 @@ class Offload:
                 self._move_now(layer, there, moves)
         return ahead
 
+    def _run_residents(self, layer: int, batch: Batch, needed: Sequence[Any]) -> None:
+        """The resident experts, once those that are `needed` have arrived."""
+        self._passed("launch", layer)
+        self._wait(layer, needed)
+        self.backend.run_residents(self.slots.slab(layer), batch)
+        self._passed("device", layer)
+
     def _run_fetched(self, layer: int, batch: Batch, copies: Copies, missed: Collection[int]) -> None:
-        """The fetched experts, one after another; those without rows are not waited for."""
-        if self.is_background:
-            copies.begin(num_done=1)
-        for number, copy in enumerate(copies.fetched):
-            if not self.is_background:
+        """The fetched experts; those without rows are not waited for.
+
+        A device that goes on beside the calling thread runs together all whose copies may be under way at once: they
+        take less than a copy, and beginning them one by one takes more. Others run one after another.
+        """
+        if not self.is_background:
+            for copy in copies.fetched:
                 self._wait(layer, [copies.begin_one()])
-            if copy.place.expert in missed:
-                if self.is_background:
-                    self._wait(layer, [copies.arrivals[number]])
-                self.backend.run_fetched(batch, *copy.place[1:])
+                if copy.place.expert in missed:
+                    self.backend.run_fetched(batch, [copy.place])
+                    self._passed("device", layer)
+            return
+        done = 0
+        while done < len(copies.fetched):
+            copies.begin(num_done=done + 1)
+            end = min(len(copies.arrivals), len(copies.fetched)) if self.backend.is_async else done + 1
+            used = [number for number in range(done, end) if copies.fetched[number].place.expert in missed]
+            if used:
+                self._wait(layer, [copies.arrivals[number] for number in used])
+                self.backend.run_fetched(batch, [copies.fetched[number].place for number in used])
                 self._passed("device", layer)
-            if self.is_background:
-                copies.begin(num_done=number + 2)
+            done = end
+        copies.begin(num_done=done + 1)
 
     # --- moves ---
 
     def _move_now(self, waiting: int, layer: int, moves: Moves) -> None:
         """Do moves while everything else waits; the time is that of the layer that is `waiting`."""
         self._passed("launch", waiting)
-        self._wait(waiting, [self.backend.copy(*place) for place in self.slots.apply(layer, moves)])
+        self._wait(waiting, self.backend.copy(self.slots.apply(layer, moves)))
 
     def _move_later(self, layer: int, moves: Moves) -> None:
         """Do the moves of a refresh on paper, and leave the copies to the copy stream."""
-        for place in self.slots.apply(layer, moves):
-            self.slots.in_flight[layer][place.expert] = self.backend.copy(*place)
+        places = self.slots.apply(layer, moves)
+        for place, arrival in zip(places, self.backend.copy(places), strict=True):
+            self.slots.in_flight[layer][place.expert] = arrival
 
     def _needed(self, layer: int, counts: Counts) -> list[Any]:
         """Arrivals of the experts that are on their way and have rows to run now."""

@@ -11,7 +11,7 @@ import torch
 
 from tidesim.engine.generate import Generation, Sampler, generate
 from tidesim.engine.live import LiveModel
-from tidesim.engine.model import KVCache, block_causal_mask
+from tidesim.engine.model import block_causal_mask
 from tidesim.engine.offload import Offload
 from tidesim.errors import BudgetError, TraceError
 from tidesim.execution import Execution
@@ -44,6 +44,7 @@ def measured_result(
         policy=offload.policy.name,
         budget=one_or_each(offload.budgets),
         refresh_interval=offload.policy.refresh_interval,
+        refresh_steps=offload.policy.refresh_steps,
         execution=execution.name,
         context=execution.context,
         hardware=machine,
@@ -115,7 +116,7 @@ class ForcedForward(NamedTuple):
     step: int
     is_first_block: bool
     context_tokens: int
-    expert_ids: torch.Tensor
+    expert_ids: npt.NDArray[np.int64]
 
 
 def forced_forwards(trace: Trace, context: Context, sequence: int, num_layers: int) -> Iterator[ForcedForward]:
@@ -138,7 +139,7 @@ def forced_forwards(trace: Trace, context: Context, sequence: int, num_layers: i
                 continue
             ids, context_tokens = np.concatenate([*prefix, ids]), 0
         block = int(row["block"])
-        yield ForcedForward(kind, block, int(row["step"]), block == first_block, context_tokens, torch.from_numpy(ids))
+        yield ForcedForward(kind, block, int(row["step"]), block == first_block, context_tokens, ids)
 
 
 def replay_trace(
@@ -172,13 +173,12 @@ def _replay_sequence(
     device = network.norm.weight.device
     tokens = torch.arange(size, device=device) % network.config.vocab_size
     positions, mask = torch.arange(size, device=device), block_causal_mask(size, block_length, device)
-    cache = KVCache(network.config, size, network.norm.weight) if execution.kv_cache else None
+    cache = network.new_cache(size) if execution.kv_cache else None
     for forward in forwards:
         start, num_rows = forward.context_tokens, len(forward.expert_ids)
         if cache is not None:
             cache.length = start
-        # On the device, so that the host waits for it as for a router's choice.
-        offload.forced = forward.expert_ids.to(device)
+        offload.forced = forward.expert_ids
         offload.begin(forward.kind, forward.block, forward.step, forward.is_first_block, num_rows)
         rows = slice(start, start + num_rows)
         needs_mask = num_rows > block_length

@@ -23,6 +23,7 @@ class Costs:
     ----------
     loop_ns : [max_rows + 1], kernels of one resident expert run alone, by its rows; 0 for 0 rows.
     expert_launch_ns : launching the ops of one such expert.
+    fetched_ns : [max_rows + 1], all that `alone_ns` says of an expert that was fetched, by its rows; 0 for 0 rows.
     host_expert_ns : [max_rows + 1], one missed expert on the host, by its rows; 0 for 0 rows.
     grouped_overhead_ns : what a grouped kernel takes besides its experts.
     grouped_bytes_ns, grouped_flops_ns : [E + 1] by experts touched, and [max_rows * K + 1] by rows over all experts:
@@ -49,6 +50,8 @@ class Costs:
         self.grouped_overhead_ns = int(_ns(hardware.device.grouped_overhead_s))
         self.host_expert_ns = self._host_table(rows)
         self._copy_costs()
+        self.fetched_ns = np.array([sum(self.alone_ns(kernel_ns)) for kernel_ns in self.loop_ns.tolist()], np.int64)
+        self.fetched_ns[0] = 0
 
     # --- dense parts ---
 
@@ -63,7 +66,8 @@ class Costs:
         model = self.model
         params = model.attention_params + model.router_params + model.shared_params
         kernel_ns = _ns(self._layer_s(params, tokens, context_tokens, attended_pairs))
-        return kernel_ns, self._unhidden_ns(kernel_ns, self._launch_ns(self.execution.ops_per_layer))
+        execution = self.execution
+        return self._begun(kernel_ns, execution.ops_per_layer, execution.graph_kernels_per_layer)
 
     def entry_ns(self, tokens: Rows, context_tokens: Rows, attended_pairs: Rows | None = None) -> tuple[Ints, Ints]:
         """The same of what comes before the MoE layers: the embedding (rows read and written) and the dense layers."""
@@ -72,8 +76,9 @@ class Costs:
         embedding_s = 2 * _wide(tokens) * model.hidden_bytes / self.hardware.device.bytes_per_s
         layer_s = self._layer_s(params, tokens, context_tokens, attended_pairs)
         kernel_ns = _ns(embedding_s + num_dense * layer_s)
-        launch_ns = self._launch_ns(num_dense * self.execution.ops_per_dense_layer)
-        return kernel_ns, self._unhidden_ns(kernel_ns, launch_ns)
+        execution = self.execution
+        num_ops, num_graph_kernels = execution.ops_per_dense_layer, execution.graph_kernels_per_dense_layer
+        return self._begun(kernel_ns, num_dense * num_ops, num_dense * num_graph_kernels)
 
     def head_ns(self, tokens: Rows, logit_tokens: Rows) -> tuple[Ints, Ints]:
         """The same of what comes after the layers: lm_head over the rows that need logits, and sampling.
@@ -87,7 +92,9 @@ class Costs:
             kernel_ns = _ns(device.head_curve.product_s(rows, vocab))
         else:
             kernel_ns = _ns(_roofline_s(2 * vocab, 2 * rows * vocab, device.bytes_per_s, device.flops_per_s))
-        launch_ns = self._unhidden_ns(kernel_ns, self._launch_ns(self.execution.ops_per_forward))
+        execution = self.execution
+        kernel_ns = kernel_ns + execution.graph_kernels_per_forward * self._graph_kernel_ns()
+        launch_ns = self._unhidden_ns(kernel_ns, self._launch_ns(execution.ops_per_forward))
         has_head = _wide(logit_tokens) > 0
         return np.where(has_head, kernel_ns, 0), np.where(has_head, launch_ns, 0)
 
@@ -112,11 +119,16 @@ class Costs:
     def alone_ns(self, loop_kernel_ns: int) -> tuple[int, int]:
         """The same of one expert that runs alone because it was fetched; `loop_kernel_ns` is its `loop_ns`.
 
-        A grouped kernel whose experts were measured runs it as a group of one. Else it takes separate GEMMs.
+        It takes separate GEMMs; but a group of one where the device is a CPU and its experts were measured. Together
+        with others it is begun while its copy is under way; that a group runs behind the last of its copies is left
+        out, as experts take a small part of what their copies do.
         """
-        if self.execution.kernels == "grouped" and self._device_curve is not None:
+        execution = self.execution
+        if execution.kernels == "grouped" and self._device_curve is not None and not execution.is_async:
             return self.grouped_overhead_ns + loop_kernel_ns, 0
-        return loop_kernel_ns, int(self._unhidden_ns(loop_kernel_ns, self.expert_launch_ns))
+        is_begun_before = execution.fetched == "together" and execution.copies == "background"
+        hidden_ns = loop_kernel_ns + (self.promote_ns if is_begun_before else 0)
+        return loop_kernel_ns, int(self._unhidden_ns(hidden_ns, self.expert_launch_ns))
 
     # --- missed experts on the host ---
 
@@ -142,12 +154,24 @@ class Costs:
         tokens, context_tokens = _wide(tokens), _wide(context_tokens)
         context_bytes = context_tokens * model.kv_bytes_per_token_layer
         pairs = tokens * (context_tokens + tokens) if attended_pairs is None else _wide(attended_pairs)
-        attention_flops = 4 * pairs * (model.num_heads * model.head_dim)
+        attention_flops = pairs * model.attention_flops_per_pair
         if device.dense_curve is not None:
             attention_s = _roofline_s(context_bytes, attention_flops, device.bytes_per_s, device.flops_per_s)
             return device.dense_curve.product_s(tokens, params) + attention_s
         flops = 2 * tokens * params + attention_flops
         return _roofline_s(2 * params + context_bytes, flops, device.bytes_per_s, device.flops_per_s)
+
+    def _begun(self, kernel_ns: Ints, num_ops: int, num_graph_kernels: int) -> tuple[Ints, Ints]:
+        """Kernels of a layer, and the launch time that they do not hide: all of it if they are a graph, as its ops are
+        begun when it is done."""
+        launch_ns = self._launch_ns(num_ops)
+        if not num_graph_kernels:
+            return kernel_ns, self._unhidden_ns(kernel_ns, launch_ns)
+        whole_ns = np.maximum(kernel_ns, num_graph_kernels * self._graph_kernel_ns())
+        return whole_ns, np.full_like(whole_ns, launch_ns)
+
+    def _graph_kernel_ns(self) -> int:
+        return int(_ns(self.hardware.device.kernel_launch_s))
 
     def _launch_ns(self, num_ops: int) -> Ints:
         device = self.hardware.device

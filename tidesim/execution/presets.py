@@ -23,6 +23,9 @@ class Execution:
     copies_per_expert : copies that one expert takes; each pays the link's latency.
     write_back : whether an evicted expert is copied to the host, though its weights never change.
     kernels : "loop" runs the resident experts one by one, "grouped" all of a layer in one kernel.
+    fetched : how experts that come in the background run on a device with grouped kernels and asynchronous launches:
+        each "alone" when it is there, or "together" with those whose copies are under way at once, so that beginning
+        them hides behind the copies.
     host : whether missed experts run on the host after the layer's device part ("serial") or beside it ("parallel").
     host_calls : whether the host is called, and rows are copied, once per missed "expert" or once per "layer".
     activation_bytes : of each number of the hidden states that travel to the host and back.
@@ -35,8 +38,12 @@ class Execution:
         one read, and an expert that the host computes is read first; the device is then the memory that it is read to.
     ops_per_layer : ops of an MoE layer outside its routed experts (attention, router, shared expert, combine).
     ops_per_dense_layer : ops of a layer without experts.
-    ops_per_expert : ops of one routed expert in the loop.
+    ops_per_expert : ops of one routed expert in the loop, or run alone because it was fetched.
     ops_per_forward : ops outside the layers (embedding, final norm, lm_head, sampling).
+    graph_kernels_per_layer, graph_kernels_per_dense_layer, graph_kernels_per_forward : kernels besides these ops that
+        the host begins many at a time, as a graph captured before; each takes what a bare launch does, if not longer.
+        That is the device's own time, and the host begins the ops of a layer when it knows what came of its graph, so
+        that they hide behind none of it.
 
     Raise ValueError if evicted experts were to be written back to a disk, which has them still.
     """
@@ -60,6 +67,10 @@ class Execution:
     ops_per_dense_layer: int
     ops_per_expert: int
     ops_per_forward: int
+    fetched: Literal["alone", "together"] = "alone"
+    graph_kernels_per_layer: int = 0
+    graph_kernels_per_dense_layer: int = 0
+    graph_kernels_per_forward: int = 0
 
     def __post_init__(self) -> None:
         if self.home == "disk" and self.write_back:
@@ -137,29 +148,37 @@ _OVERLAPPED = Execution(
     ops_per_forward=10,
 )
 
-# tidesim's own engine on an accelerator. Ops counted in tidesim/engine, model.py and generate.py, as for the published
-# code, in bf16. RMSNorm casts its input twice: 2 casts, square, mean, add, rsqrt, multiply, cast, multiply = 9.
-#   attention: qkv 1, q and k norms 18, rotary 2 x (negate, 2 concatenate, 2 multiply, add) = 12, cache writes 2,
-#     repeat k and v 2, attention 1, contiguous 1, output 1 = 38
-#   router: 2 casts, linear, sigmoid, bias; top-2, sum, top-k; ones, scatter, clone and fill of the masked choice;
-#     top-k, gather, sum, add, divide, scale = 18
-#   routed experts, all but their kernel: dispatch and combine 12
-#   gated MLP: gate, SiLU, up, multiply, down = 5; the shared expert's, with the cast of the routed sum and the add: 7
-#   layer: 2 norms 18, 2 residual adds 2; hence 38 + 18 + 12 + 7 + 20 = 95, and 38 + 5 + 20 = 63 for a dense layer
-#   one routed expert run alone: gather of its rows 1, gated MLP 5 = 6
+# tidesim's own engine on an accelerator, in bf16. What lies between the routed experts of two layers is a graph; its
+# kernels, counted in tidesim/engine/device_network.py (norms round before they multiply their weight, hence 2 each):
+#   attention: norm 2, qkv 1, q and k norms 2, rotary 3, cache writes with their places 3, query by group 1,
+#     attention 1, by row 1, output 1, residual add 1 = 16
+#   router: norm 2, cast, linear, sigmoid, bias; top-2, sum, top-k; ones, scatter, clone and fill of the masked choice;
+#     top-k, gather, sum, add, divide, scale = 19, and ids and weights put in place 2
+#   gated MLP: gate and up 1, SiLU, multiply, down = 4; the shared expert's, with the cast of the routed sum and both
+#     adds: 7; hence 16 + 21 + 7 = 44 for an MoE layer, and 16 + norm 2 + 4 + add 1 = 23 for a dense one
+#   forward: embedding 1, rotary tables 8, mask 5, the last layer's adds are its own, final norm 2 = 16
+# What the host begins or does one by one, in tidesim/engine/accelerator.py, offload.py, generate.py:
+#   layer: graph 1, wait for the ids 1, counts and sort 2, indices 1, gather, weighted sum and its copy 3, policy and
+#     books 2, stamps of time 4 = 14; a dense layer is in the graph of the first of them
+#   one fetched expert: its copy and arrival 2, wait 1, its part of a group's indices and products 2 = 5
 #   sampling: is a mask left 2, number of masks 2 (each a reduction and its copy to the host); mask token's logit 1,
 #     softmax, best, gather = 3, confidences of masks 3, accept 9 (where too few are above the threshold), write 2,
 #     masks left 2, number accepted 2 = 26
-#   forward: embedding 1, rotary tables 8, final norm 9, lm_head and cast 2, sampling 26 = 46
+#   forward: tokens, positions, start 3, last graph 1, routing kept 2, lm_head and cast 2, sampling 26 = 34
+# A prefill is not captured, as it comes once; it is charged as if it were.
 _ENGINE = replace(
     _OVERLAPPED,
     name="engine",
     returns="pair",
     launch="eager",
-    ops_per_layer=95,
-    ops_per_dense_layer=63,
-    ops_per_expert=6,
-    ops_per_forward=46,
+    ops_per_layer=14,
+    ops_per_dense_layer=0,
+    ops_per_expert=5,
+    ops_per_forward=34,
+    fetched="together",
+    graph_kernels_per_layer=44,
+    graph_kernels_per_dense_layer=23,
+    graph_kernels_per_forward=16,
 )
 
 # The same engine where CPU cores are the device: tidesim/engine/cpu_network.py and offload.py, one op for each step of
@@ -174,9 +193,14 @@ _EMULATED = replace(
     name="emulated",
     activation_bytes=4,
     is_async=False,
+    fetched="alone",
     ops_per_layer=22,
     ops_per_dense_layer=13,
+    ops_per_expert=6,
     ops_per_forward=35,
+    graph_kernels_per_layer=0,
+    graph_kernels_per_dense_layer=0,
+    graph_kernels_per_forward=0,
 )
 
 # The same with experts in their files: the device's memory is the only one, and misses are read and then computed.

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -208,10 +208,27 @@ class Hardware:
         if dotted_path not in self.sources:
             hint = nearest(dotted_path, self.sources)
             raise ProfileError(f"{self.name}: there is no figure {dotted_path!r}; {hint}")
-        old = self.sources[dotted_path]
-        changed = Figure(value, "guess", f"what-if, in place of {old.value} ({old.kind}: {old.source})")
+        changed = _what_if(self.sources[dotted_path], value)
         content = replace(self, sources={**self.sources, dotted_path: changed}).content()
         return Hardware.from_content(content, self.name)
+
+    def scaled(self, dotted_paths: Collection[str], factor: float) -> "Hardware":
+        """The same machine with some figures, and the rates of some curves, times `factor`, for what-if questions.
+
+        Raise ProfileError if this machine has no such figure or curve, or a value is out of range.
+        """
+        known = {**self.sources, **self.curves}
+        for path in dotted_paths:
+            if path not in known:
+                raise ProfileError(f"{self.name}: there is no figure or curve {path!r}; {nearest(path, known)}")
+        sources = {
+            path: _what_if(self.sources[path], factor * self.sources[path].value)
+            for path in dotted_paths
+            if path in self.sources
+        }
+        curves = {path: _rates_what_if(self.curves[path], factor) for path in dotted_paths if path in self.curves}
+        changed = replace(self, sources={**self.sources, **sources}, curves={**self.curves, **curves})
+        return Hardware.from_content(changed.content(), self.name)
 
 
 def load_hardware(name: str) -> Hardware:
@@ -227,6 +244,18 @@ def load_hardware(name: str) -> Hardware:
     path = find_shipped("hardware_profiles", name, suffix=".yaml", error=ProfileError)
     content, duplicates = read_yaml(path)
     return _assemble(check(content, str(path), duplicates))
+
+
+# --- what if ---
+
+
+def _what_if(figure: Figure, value: float) -> Figure:
+    return Figure(value, "guess", f"what-if, in place of {figure.value} ({figure.kind}: {figure.source})")
+
+
+def _rates_what_if(curve: CurveFigure, factor: float) -> CurveFigure:
+    rates = tuple(factor * rate for rate in curve.gflops)
+    return CurveFigure(curve.rows, rates, "guess", f"what-if, {factor:g} times ({curve.kind}: {curve.source})")
 
 
 # --- from figures to values ---

@@ -9,6 +9,7 @@ from tidesim.errors import PlanError
 from tidesim.moe import MoEConfig
 from tidesim.planner.integer_programme import InfeasibleError
 from tidesim.planner.plan_fields import POLICY_NAMES
+from tidesim.policies.caches import lru
 from tidesim.residency import check_budgets
 from tidesim.workload import ForwardKind, Workload
 
@@ -53,7 +54,8 @@ def find_candidates(
 
     `budgets` None means `default_budgets`, and `intervals` None `INTERVALS` and whatever else turns up.
 
-    A policy that needs more slots than there are, as one that fetches needs a slot in every layer, is left out.
+    A policy that needs more slots than there are, as one that fetches needs a slot in every layer and one to drop
+    experts from, is left out.
     Raise BudgetError if a budget is out of range, PlanError if an interval or policy is, InfeasibleError if no budget
     fits.
     """
@@ -64,9 +66,14 @@ def find_candidates(
     _check_names(policies, budgets, listed)
     chosen = tuple(sorted(set(budgets)))
     needed = {name: smallest_budget(name, chosen) for name in policies}
-    able = tuple(name for name, budget in needed.items() if budget is not None and budget * model.num_layers <= slots)
+    able = tuple(
+        name
+        for name, budget in needed.items()
+        if budget is not None and budget * model.num_layers <= slots_for(name, slots)
+    )
     if not able:
-        raise InfeasibleError(_too_large(model, slots, [budget for budget in needed.values() if budget is not None]))
+        most = max(slots_for(name, slots) for name in policies)
+        raise InfeasibleError(_too_large(model, most, [budget for budget in needed.values() if budget is not None]))
     fitting = [budget for budget in chosen if budget * model.num_layers <= slots]
     return Candidates(
         policies=able,
@@ -108,6 +115,17 @@ def smallest_budget(policy: str, budgets: Sequence[int]) -> int | None:
     """The smallest of `budgets` that `policy` can do with, None if there is none."""
     needed = 1 if policy == "lru" else 0  # it fetches into slots
     return min((budget for budget in budgets if budget >= needed), default=None)
+
+
+def slots_for(policy: str, slots: int) -> int:
+    """How many of `slots` experts that fit `policy` has for its budgets: scratch memory takes some of them."""
+    return slots - (lru().scratch if policy == "lru" else 0)
+
+
+def spread(slots: int, num_layers: int) -> tuple[int, ...]:
+    """`slots` over all layers, evenly; what does not divide goes to the first ones."""
+    each, more = divmod(slots, num_layers)
+    return tuple(each + (layer < more) for layer in range(num_layers))
 
 
 def _too_large(model: MoEConfig, slots: int, smallest: Sequence[int]) -> str:

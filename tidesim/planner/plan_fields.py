@@ -15,7 +15,11 @@ from tidesim.result import PARTS
 
 FORMAT = "tidesim-plan"
 VERSION = 1
-OBJECTIVES = {"throughput": "most generated tokens per second over all sequences, hence least total time"}
+OBJECTIVES = {
+    "throughput": "most generated tokens per second over all sequences, hence least total time",
+    "latency": "the slowest block of any sequence as fast as can be, and then least total time",
+    "memory": "fewest experts on the device that still give a wanted throughput",
+}
 POLICY_NAMES = ("static", *REFRESHING, "lru")
 # Larger than any count or size here can be, and small enough for any JSON reader.
 _LARGEST = 2**53
@@ -23,11 +27,15 @@ Check = Callable[[object], str | None]
 
 
 class PlanField(NamedTuple):
-    """One field: its dotted path, what is wrong with a value (None: nothing), and what it means, with its unit."""
+    """One field: its dotted path, what is wrong with a value (None: nothing), and what it means, with its unit.
+
+    One that is optional may be left out, and is null then: files from before it was thought of have none.
+    """
 
     path: str
     check: Check
     description: str
+    is_optional: bool = False
 
 
 # --- kinds of values ---
@@ -78,13 +86,20 @@ def _list(check_item: Check) -> Check:
     return check
 
 
-def _ids(value: object) -> str | None:
-    """Ascending ids >= 0, each once."""
-    problem = _list(_whole(0))(value)
-    if problem or not isinstance(value, list):
-        return problem
-    is_rising = all(low < high for low, high in itertools.pairwise(value))
-    return None if is_rising else "must be ascending ids, each once"
+def _ascending(what: str) -> Check:
+    """Whole numbers >= 0, each once."""
+
+    def check(value: object) -> str | None:
+        problem = _list(_whole(0))(value)
+        if problem or not isinstance(value, list):
+            return problem
+        is_rising = all(low < high for low, high in itertools.pairwise(value))
+        return None if is_rising else f"must be ascending {what}, each once"
+
+    return check
+
+
+_ids = _ascending("ids")
 
 
 def _or_null(check_value: Check) -> Check:
@@ -134,16 +149,23 @@ FIELDS = (
     PlanField("policy", _name(POLICY_NAMES), "who decides which experts are resident"),
     PlanField("budget", _list(_whole(0)), "expert slots on the device, one number per MoE layer"),
     PlanField("refresh_interval", _or_null(_list(_whole(1))), "denoising steps between refreshes, per MoE layer"),
+    PlanField(
+        "refresh_steps",
+        _or_null(_list(_ascending("steps"))),
+        "in place of an interval: the denoising steps of a block that are refreshed, per MoE layer",
+        is_optional=True,
+    ),
     PlanField("placement", _or_null(_list(_ids)), "ids of the experts that a static policy keeps, per MoE layer"),
     PlanField("miss_rule", _name(["host", "fetch", "split"]), "missed experts run on the host, are fetched, or both"),
     PlanField("max_tokens", _whole(1), "longest sequence, prompt and answer, that memory was set aside for"),
     PlanField("reserve_bytes", _whole(0), "bytes of device memory left alone"),
     *_prediction("predicted", "predicted on the training sequences that were not profiled"),
     *_prediction("held_out", "predicted on the held-out sequences"),
-    PlanField("proof.solver", _text, "the solver of the integer programme"),
+    PlanField("proof.solver", _text, "which solver"),
     PlanField("proof.status", _name(["optimal", "feasible", "uniform"]), "how far the solver got"),
-    PlanField("proof.objective_s", _number(0), "seconds: the best choice in the policy's table, as a sum"),
-    PlanField("proof.bound_s", _number(0), "seconds: no choice in the policy's table sums up to less"),
+    PlanField("proof.minimised", _name(["time", "slowest block", "slots"]), "what the solver minimised"),
+    PlanField("proof.objective", _number(0), "the best choice in the policy's table: seconds, or slots"),
+    PlanField("proof.bound", _number(0), "no choice in the policy's table comes to less"),
     PlanField("proof.gap", _number(0, 1), "(objective - bound) / objective"),
     PlanField("tide_code.max_gpu_experts_per_layer", _whole(0), "the budget in the released TIDE code's terms"),
     PlanField("tide_code.jump_steps", _whole(1), "the interval in the released TIDE code's terms"),
@@ -151,7 +173,7 @@ FIELDS = (
     PlanField("seed", _whole(0), "of the split into training and held-out sequences"),
     PlanField("tool_version", _text, "of tidesim"),
 )
-_NULLABLE_SECTIONS = ("held_out",)
+_NULLABLE_SECTIONS = ("held_out", "proof")
 
 
 # --- reading ---
@@ -197,7 +219,8 @@ def _field_problems(content: Mapping[str, Any]) -> Iterator[str]:
             if not isinstance(node, dict):
                 break
         if isinstance(node, dict):
-            problem = field.check(node[name]) if name in node else f"is missing: {field.description}"
+            is_there = name in node or field.is_optional
+            problem = field.check(node.get(name)) if is_there else f"is missing: {field.description}"
             if problem:
                 shown = f"(={node[name]!r:.40})" if name in node else ""
                 yield f"{name}{shown} {problem} @ {path}.{name}"

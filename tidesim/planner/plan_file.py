@@ -17,9 +17,10 @@ from tidesim.errors import PlanError
 from tidesim.execution import GIB
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
+from tidesim.planner.integer_programme import SolverReport
 from tidesim.planner.plan_fields import FORMAT, OBJECTIVES, VERSION, read_fields, read_json
 from tidesim.planner.runs import REFRESHING, make_policy
-from tidesim.policies import MissAction, Policy
+from tidesim.policies import MissAction, Policy, policy
 from tidesim.residency import Placement
 from tidesim.result import RunResult
 
@@ -37,13 +38,12 @@ class ModelSizes:
     @classmethod
     def of(cls, model: MoEConfig) -> Self:
         """The sizes of `model`. Its name is not part of the fingerprint: a folder may be called anything."""
-        sizes = {name: size for name, size in asdict(model).items() if name != "name"}
         return cls(
             name=model.name,
             num_layers=model.num_layers,
             num_experts=model.num_experts,
             expert_bytes=model.expert_bytes,
-            fingerprint=hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest(),
+            fingerprint=hashlib.sha256(json.dumps(model.sizes(), sort_keys=True).encode()).hexdigest(),
         )
 
 
@@ -101,17 +101,29 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """How good the choice is among those in the table of its policy; times are sums over the table's sequences.
+    """How good the programme's choice is among those in the table of its policy; the words are those of `SolverReport`.
 
-    `bound_s`: no choice of one (budget, interval) pair per layer out of the table sums up to less. `objective_s` is the
-    sum of the best one found, and `gap` is (objective - bound) / objective. `status` is that of `SolverReport`.
+    Times are sums over the table's sequences. Whole runs may have led from this choice to another one.
     """
 
     solver: str
     status: str
-    objective_s: float
-    bound_s: float
+    minimised: str
+    objective: float
+    bound: float
     gap: float
+
+    @classmethod
+    def of(cls, report: SolverReport) -> Self:
+        """The part of a solver's report that a plan keeps."""
+        return cls(
+            solver=report.solver,
+            status=report.status,
+            minimised=report.minimised,
+            objective=report.objective,
+            bound=report.bound,
+            gap=report.gap,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,13 +151,14 @@ class Plan:
     policy: str
     budget: tuple[int, ...]
     refresh_interval: tuple[int, ...] | None
+    refresh_steps: tuple[tuple[int, ...], ...] | None = None
     placement: Placement | None
     miss_rule: MissAction
     max_tokens: int
     reserve_bytes: int
     predicted: Prediction
     held_out: Prediction | None
-    proof: Proof
+    proof: Proof | None
     tide_code: TideCode
     seed: int
     tool_version: str
@@ -167,7 +180,8 @@ class Plan:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """The plan with these fields, as nested mappings of the right types. Raise PlanError as the class does."""
-        placement, held_out = values["placement"], values["held_out"]
+        placement, held_out, proof = values["placement"], values["held_out"], values["proof"]
+        steps = values.get("refresh_steps")
         return cls(
             model=ModelSizes(**values["model"]),
             hardware=Machine(**values["hardware"]),
@@ -178,13 +192,14 @@ class Plan:
             policy=values["policy"],
             budget=tuple(values["budget"]),
             refresh_interval=_frozen(values["refresh_interval"]),
+            refresh_steps=None if steps is None else tuple(map(tuple, steps)),
             placement=None if placement is None else Placement.from_json(placement),
             miss_rule=values["miss_rule"],
             max_tokens=values["max_tokens"],
             reserve_bytes=values["reserve_bytes"],
             predicted=Prediction(**values["predicted"]),
             held_out=None if held_out is None else Prediction(**held_out),
-            proof=Proof(**values["proof"]),
+            proof=None if proof is None else Proof(**proof),
             tide_code=TideCode(**values["tide_code"]),
             seed=values["seed"],
             tool_version=values["tool_version"],
@@ -205,6 +220,8 @@ class Plan:
 
     def make_policy(self) -> Policy:
         """A new policy object that does what the plan says, for a simulator or an engine."""
+        if self.refresh_steps is not None:
+            return policy(self.policy, refresh_steps=self.refresh_steps)
         popularity = np.zeros((self.model.num_layers, self.model.num_experts), np.int64)
         if self.placement is not None:
             for layer, experts in enumerate(self.placement.experts):
@@ -244,11 +261,17 @@ def _contradictions(plan: Plan) -> list[str]:
     refuse(len(plan.budget) != num_layers, wrong_length, "budget")
     refuse(max(plan.budget, default=0) > num_experts, f"must be at most num_experts(={num_experts})", "budget")
     refuse(plan.objective not in OBJECTIVES, f"must be one of {', '.join(OBJECTIVES)}", "objective")
-    if plan.policy in REFRESHING:
+    if plan.policy in REFRESHING and plan.refresh_steps is not None:
+        wrong_steps = f"must have one list for each of the {num_layers} layers"
+        refuse(len(plan.refresh_steps) != num_layers, wrong_steps, "refresh_steps")
+        refuse(plan.refresh_interval is not None, "must be null beside refresh_steps", "refresh_interval")
+    elif plan.policy in REFRESHING:
         refuse(len(plan.refresh_interval or ()) != num_layers, wrong_length, "refresh_interval")
         refuse(min(plan.refresh_interval or (1,)) < 1, "must be >= 1", "refresh_interval")
     else:
-        refuse(plan.refresh_interval is not None, f"must be null, {plan.policy!r} never refreshes", "refresh_interval")
+        never = f"must be null, {plan.policy!r} never refreshes"
+        refuse(plan.refresh_interval is not None, never, "refresh_interval")
+        refuse(plan.refresh_steps is not None, never, "refresh_steps")
     if plan.policy == "static":
         placement = plan.placement.experts if plan.placement is not None else ()
         fits = tuple(map(len, placement)) == plan.budget

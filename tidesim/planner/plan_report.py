@@ -108,11 +108,29 @@ class Programme:
     @property
     def table_error(self) -> float:
         """How far the sum over the table is off: resimulated / sum - 1. It is 0 where layers do not share a link."""
-        return self.resimulated_s / self.solver.objective_s - 1
+        return self.resimulated_s / self.solver.time_s - 1
 
     def to_dict(self) -> dict[str, object]:
         """Every field by name."""
         return asdict(self) | {"table_error": self.table_error}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rescored:
+    """What whole runs on the tuned sequences said of the programmes' choices, in seconds.
+
+    Parameters
+    ----------
+    programme_s : the choice of the programme of the plan's policy; None if that policy's table has nothing that does
+        what is asked.
+    before_s : the best of all choices and of simpler ones. after_s : the plan, which is that or better.
+    num_neighbours : runs around the best one that differ from it in one thing.
+    """
+
+    num_neighbours: int
+    programme_s: float | None
+    before_s: float
+    after_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +142,8 @@ class PlanReport:
     chosen : the plan.
     predicted, held_out : the plan simulated on the tuned, and on the held-out sequences (None if there are none).
     baselines : on the same sequences, fastest first.
-    programmes : one per policy; that of the plan's policy is `programme`.
+    programmes : one per policy; that of the plan's policy is `programme`, None if it found nothing.
+    rescored : how the plan came about from the programmes.
     tide : TIDE's own programme, one per policy that refreshes, each simulated among the baselines.
     split, trace_origin : which sequences were used, and where they come from.
     memory, slots : device memory without experts, and how many experts fit into the rest.
@@ -138,6 +157,7 @@ class PlanReport:
     held_out: RunResult | None
     baselines: tuple[Baseline, ...]
     programmes: tuple[Programme, ...]
+    rescored: Rescored
     tide: tuple[TideProgramme, ...]
     split: Split
     trace_origin: str
@@ -149,14 +169,14 @@ class PlanReport:
     total_s: float
 
     @property
-    def programme(self) -> Programme:
+    def programme(self) -> Programme | None:
         """The integer programme of the chosen policy."""
-        return next(programme for programme in self.programmes if programme.policy == self.chosen.policy)
+        return next((programme for programme in self.programmes if programme.policy == self.chosen.policy), None)
 
     @property
-    def gap(self) -> float:
+    def gap(self) -> float | None:
         """How far the best choice in the chosen policy's table may be from the best there is in it."""
-        return self.programme.solver.gap
+        return None if self.programme is None else self.programme.solver.gap
 
     def to_dict(self) -> dict[str, object]:
         """What `tidesim plan --json` prints."""
@@ -165,16 +185,18 @@ class PlanReport:
             "predicted": self.predicted.to_dict(),
             "baselines": [baseline.to_dict(baseline.predicted) for baseline in self.baselines],
             "gap": self.gap,
-            "solver": self.programme.solver.to_dict(),
+            "solver": None if self.programme is None else self.programme.solver.to_dict(),
             "held_out": self._held_out(),
             "solve_s": self.solve_s,
             "total_s": self.total_s,
+            "rescored": asdict(self.rescored),
             "programmes": [programme.to_dict() for programme in self.programmes],
             "tide": [programme.to_dict() for programme in self.tide],
             "split": asdict(self.split),
             "trace_origin": self.trace_origin,
             "memory": asdict(self.memory),
             "slots": self.slots,
+            "scratch": self.chosen.make_policy().scratch_experts(self.chosen.model.num_experts),
             "table_forwards": self.table_forwards,
             "num_runs": self.num_runs,
         }

@@ -1,38 +1,34 @@
-"""From a trace and a machine to a plan: fill tables, solve them, simulate what comes out, keep what is really best.
+"""From a trace and a machine to a plan: fill tables, solve them, run what comes out, keep what is really best.
 
 The steps of `plan`:
 
 1. Split the sequences; all choosing is done on the training ones: expert popularity is counted on one half of them,
-   and every candidate is simulated on the other.
-2. Fill a table for each policy, and solve its integer programme.
-3. Simulate the programmes' choices as a whole, and the baselines beside them. The shortest run is the plan.
-4. Simulate the plan and the baselines on the held-out sequences.
-
-Runs are ranked by predicted time and by nothing else: a higher hit rate may cost more copies than it saves.
+   and every candidate is run on the other.
+2. Search (`search`): a table for each policy, its integer programme, whole runs of the choices and of simpler ones, and
+   a look around the best of them.
+3. Run the plan and the baselines on the held-out sequences.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.errors import PlanError
-from tidesim.execution import Costs, Execution, check_memory
+from tidesim.execution import Execution, check_memory
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
-from tidesim.planner.candidates import Candidates, find_candidates
-from tidesim.planner.integer_programme import Choice, SolverName, choose
-from tidesim.planner.plan_fields import OBJECTIVES, POLICY_NAMES
+from tidesim.planner.candidates import find_candidates
+from tidesim.planner.integer_programme import SolverName
+from tidesim.planner.objectives import Objective
+from tidesim.planner.plan_fields import POLICY_NAMES
 from tidesim.planner.plan_file import Machine, ModelSizes, Plan, Prediction, Proof, Routing, TideCode
-from tidesim.planner.plan_report import Baseline, PlanReport, Programme, Split, split_sequences
+from tidesim.planner.plan_report import Baseline, PlanReport, Programme, Rescored, Split, split_sequences
 from tidesim.planner.room import Room, measure_room
-from tidesim.planner.runs import REFRESHING, Case, Runs, Setting, make_policy
-from tidesim.planner.table import Table, fill_tables
-from tidesim.planner.tide_programme import TideProgramme, tide_programme
-from tidesim.policies import Shape, policy
+from tidesim.planner.runs import Case, Runs, Setting, make_policy
+from tidesim.planner.search import Found, search
+from tidesim.policies import Shape
 from tidesim.residency import Placement
 from tidesim.result import RunResult, tool_version
 from tidesim.trace import Trace
@@ -45,24 +41,21 @@ Popularity = npt.NDArray[np.int64]  # [L, E]
 _TUNED, _HELD_OUT, _TABLE = "tuned", "held-out", "table"
 
 
-class _Rival(NamedTuple):
-    """A baseline before it is run."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What a plan is for, besides the objective.
 
-    name: str
-    description: str
-    case: Case
-    is_reference: bool = False
+    Parameters
+    ----------
+    batch_size : sequences that run together. gen_length : tokens that an answer may have; None: as many as in the
+        trace. Longer answers of the trace are cut to it, and memory is set aside for it in any case.
+    """
+
+    batch_size: int = 1
+    gen_length: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What the search came to: by policy, its table and choice; then TIDE's choices, the baselines and the winner."""
-
-    tables: Mapping[str, Table]
-    choices: Mapping[str, Choice]
-    tide: tuple[TideProgramme, ...]
-    rivals: Sequence[_Rival]
-    winner: Case
+AS_RECORDED = Demand()
 
 
 def plan(
@@ -71,7 +64,8 @@ def plan(
     hardware: Hardware,
     *,
     execution: Execution,
-    objective: str = "throughput",
+    objective: str | Objective = "throughput",
+    demand: Demand = AS_RECORDED,
     policies: Sequence[str] = POLICY_NAMES,
     budgets: Sequence[int] | None = None,
     intervals: Sequence[int] | None = None,
@@ -90,8 +84,9 @@ def plan(
     ----------
     trace : its layers are repeated if `model` has another number of them.
     execution : how the engine runs a forward.
-    objective : one of `OBJECTIVES`.
-    policies : those to choose from, of "static", "tide", "tide-as-coded" and "lru".
+    objective : one of `OBJECTIVES`, or one with its numbers.
+    demand : how the model will be used.
+    policies : those to choose from, of `plan_fields.POLICY_NAMES`.
     budgets : candidates for a layer's budget; by default 0, the largest uniform one that fits, and some around it.
     intervals : candidates for a layer's refresh interval; by default some of 1 to 32, and what TIDE's own programme
         chooses.
@@ -99,23 +94,22 @@ def plan(
     reserve_bytes : device memory to leave alone; see `execution.device_memory`.
     solver, time_limit_s : for each integer programme; after the limit the best choice so far is taken.
     table_visits : the tables are filled on the first tuned sequences, as many as visit (forwards x layers) at most
-        so many layers, and at least one. Everything else is simulated on all of them.
-    workers : processes, None for one per CPU; see `Runs`.
+        so many layers, and at least one. Everything else is run on all of them.
+    workers : processes; see `Runs`.
     seed : of the split.
     progress : called with how many runs are done, and how many are known to be needed so far.
 
-    Raise PlanError if the arguments allow no plan, InfeasibleError if memory does not, InputError if trace, model and
-    execution do not fit together.
+    Raise PlanError if the arguments allow no plan, InfeasibleError if memory or the objective's demands do not,
+    InputError if trace, model and execution do not fit together.
     """
     start_s = time.perf_counter()
-    if objective not in OBJECTIVES:
-        raise PlanError(f"objective(={objective!r}) must be one of {', '.join(OBJECTIVES)}.")
+    wanted = Objective(name=objective) if isinstance(objective, str) else objective
     split = split_sequences(len(trace.sequences), held_out_share, seed)
-    popularity, tuning_popularity, most_tokens = _known(trace, model, execution, split)
-    workloads = _workloads(trace, model, execution, split, table_visits)
+    popularity, tuning_popularity, most_tokens = _known(trace, model, execution, split, demand)
+    workloads = _workloads(trace, model, execution, split, table_visits, demand)
     max_tokens = max(most_tokens, *(workload.max_tokens for workload in workloads.values()))
-    room = measure_room(model, hardware, execution, max_tokens, reserve_bytes)
-    check_memory(model, hardware, execution, 0, max_tokens, reserve_bytes)
+    room = measure_room(model, hardware, execution, max_tokens, reserve_bytes, demand.batch_size)
+    check_memory(model, hardware, execution, 0, max_tokens, reserve_bytes, batch_size=demand.batch_size)
     candidates = find_candidates(model, room.slots, workloads[_TUNED], policies, budgets, intervals)
     setting = Setting(
         workloads=workloads,
@@ -128,15 +122,25 @@ def plan(
         seed=seed,
     )
     with Runs(setting, workers=workers, progress=progress) as runs:
-        found = _search(runs, candidates, room.slots, solver, time_limit_s)
+        found = search(
+            runs,
+            candidates,
+            room.slots,
+            wanted,
+            tuned=_TUNED,
+            table_part=_table_part(setting),
+            solver=solver,
+            time_limit_s=time_limit_s,
+        )
         baselines = _score(runs, found)
-        chosen = _make_plan(runs, found, trace, split, objective, max_tokens, room)
+        chosen = _make_plan(runs, found, trace, split, wanted, max_tokens, room)
         return PlanReport(
             chosen=chosen,
             predicted=runs.result(found.winner),
             held_out=_held_out(runs, found.winner),
             baselines=baselines,
             programmes=_programmes(runs, found),
+            rescored=_rescored(runs, found),
             tide=found.tide,
             split=split,
             trace_origin=trace.origin,
@@ -149,13 +153,16 @@ def plan(
         )
 
 
-def _load(trace: Trace, model: MoEConfig, execution: Execution, sequences: Sequence[int]) -> Workload:
-    return trace.workload(execution.context, sequences, is_mapped=True).tiled(model.num_layers)
+def _load(trace: Trace, model: MoEConfig, execution: Execution, sequences: Sequence[int], demand: Demand) -> Workload:
+    workload = trace.workload(execution.context, sequences, is_mapped=True)
+    return workload.tiled(model.num_layers).answering(demand.gen_length)
 
 
-def _known(trace: Trace, model: MoEConfig, execution: Execution, split: Split) -> tuple[Popularity, Popularity, int]:
+def _known(
+    trace: Trace, model: MoEConfig, execution: Execution, split: Split, demand: Demand
+) -> tuple[Popularity, Popularity, int]:
     """Who is popular in the training sequences, who in those that are profiled, and the most tokens of the former."""
-    training = _load(trace, model, execution, split.training)
+    training = _load(trace, model, execution, split.training, demand)
     profiled = split.profiled or split.training
     return _popularity(training, split.training), _popularity(training, profiled), training.max_tokens
 
@@ -170,108 +177,34 @@ def _popularity(workload: Workload, sequences: Sequence[int]) -> Popularity:
 
 
 def _workloads(
-    trace: Trace, model: MoEConfig, execution: Execution, split: Split, table_visits: int
+    trace: Trace, model: MoEConfig, execution: Execution, split: Split, table_visits: int, demand: Demand
 ) -> dict[str, Workload]:
     """The workload of each part; that of the table is left out if it is all that is tuned on."""
-    parts = {_TUNED: _load(trace, model, execution, split.tuned)}
+    parts = {_TUNED: _load(trace, model, execution, split.tuned, demand)}
     if split.held_out:
-        parts[_HELD_OUT] = _load(trace, model, execution, split.held_out)
+        parts[_HELD_OUT] = _load(trace, model, execution, split.held_out, demand)
     num_forwards = np.bincount(parts[_TUNED].sequence)[list(split.tuned)]
     visits = np.cumsum(num_forwards) * model.num_layers
     num_table = max(1, int(np.count_nonzero(visits <= table_visits)))
+    # A batch is not cut.
+    num_table = demand.batch_size * -(-num_table // demand.batch_size)
     if num_table < len(split.tuned):
-        parts[_TABLE] = _load(trace, model, execution, split.tuned[:num_table])
-    return parts
+        parts[_TABLE] = _load(trace, model, execution, split.tuned[:num_table], demand)
+    return {name: workload.batched(demand.batch_size) for name, workload in parts.items()}
 
 
 def _table_part(setting: Setting) -> str:
     return _TABLE if _TABLE in setting.workloads else _TUNED
 
 
-# --- the search ---
-
-
-def _search(runs: Runs, candidates: Candidates, slots: int, solver: SolverName, time_limit_s: float) -> _Found:
-    tables = fill_tables(runs, candidates, _table_part(runs.setting))
-    choices = {
-        name: choose(table.options(), slots, fixed_ns=table.outside_ns, solver=solver, time_limit_s=time_limit_s)
-        for name, table in tables.items()
-    }
-    tide = _tide_programmes(runs, candidates)
-    contenders = [Case(name, choice.budget, choice.interval, _TUNED) for name, choice in choices.items()]
-    for name, table in tables.items():
-        budget, interval = table.fastest(slots)
-        contenders.append(_uniform(runs, name, budget, interval))
-    has_room_for_all = slots == runs.setting.model.num_layers * runs.setting.model.num_experts
-    rivals = _rivals(runs, candidates, tide, has_room_for_all)
-    contenders += [rival.case for rival in rivals if candidates.may_choose(rival.case.policy, rival.case.interval)]
-    results = runs.results([*contenders, *(rival.case for rival in rivals)])
-    # Of equally fast runs, the one with fewer experts on the device.
-    ranked = sorted(zip(contenders, results, strict=False), key=lambda item: (item[1].makespan_ns, sum(item[0].budget)))
-    rivals = [_best_static(rival, ranked) for rival in rivals]
-    return _Found(tables, choices, tide, rivals, ranked[0][0])
-
-
-def _uniform(runs: Runs, policy: str, budget: int, interval: int | None) -> Case:
-    return Case.uniform(policy, budget, interval, _TUNED, runs.setting.model.num_layers)
-
-
-def _refreshing(candidates: Candidates) -> list[str]:
-    """The refreshing policies to compare with: TIDE as published always, others if they may be chosen."""
-    return [name for name in REFRESHING if name == "tide" or name in candidates.policies]
-
-
-def _tide_programmes(runs: Runs, candidates: Candidates) -> tuple[TideProgramme, ...]:
-    """TIDE's own programme for each policy that refreshes, at the largest uniform budget; none if that is 0 or all."""
-    setting = runs.setting
-    if not 0 < candidates.uniform < setting.model.num_experts:
-        return ()
-    workload = setting.workloads[_TUNED]
-    costs = Costs(setting.model, setting.hardware, setting.execution, int(workload.tokens.max()))
-    return tuple(
-        tide_programme(workload, costs, policy(name, refresh_interval=1), candidates.uniform)
-        for name in _refreshing(candidates)
-    )
-
-
-def _rivals(runs: Runs, candidates: Candidates, tide: Sequence[TideProgramme], has_room_for_all: bool) -> list[_Rival]:
-    """The baselines, all but the references with the largest uniform budget."""
-    budget, num_experts = candidates.uniform, runs.setting.model.num_experts
-    rivals = [_Rival("all-host", "no expert on the device", _uniform(runs, "all-host", 0, None), is_reference=True)]
-    if has_room_for_all:
-        everything = _uniform(runs, "all-device", num_experts, None)
-        rivals.append(_Rival("all-device", "every expert on the device", everything, is_reference=True))
-    if not budget:
-        return rivals
-    for name in _refreshing(candidates):
-        about = f"policy {name!r}, a refresh at every step (the TIDE paper calls it Mixtral-Offload)"
-        rivals.append(_Rival(f"{name}, every step", about, _uniform(runs, name, budget, 1)))
-    for programme in tide:
-        about = f"policy {programme.policy!r}, the interval that TIDE's own programme chooses"
-        case = _uniform(runs, programme.policy, budget, programme.interval)
-        rivals.append(_Rival(f"{programme.policy}, own programme", about, case))
-    about = "the most popular experts of the training sequences, never moved (the TIDE paper calls it Fiddler)"
-    rivals.append(_Rival("static", about, _uniform(runs, "static", budget, None)))
-    about = "every missed expert fetched and kept, as mixtral-offloading does"
-    rivals.append(_Rival("lru", about, _uniform(runs, "lru", budget, None)))
-    return rivals
-
-
-def _best_static(rival: _Rival, ranked: Sequence[tuple[Case, RunResult]]) -> _Rival:
-    """The static baseline is the best static placement that was found, with uneven budgets or even ones."""
-    if rival.name != "static":
-        return rival
-    return rival._replace(case=next((case for case, _ in ranked if case.policy == "static"), rival.case))
-
-
 # --- the report ---
 
 
-def _score(runs: Runs, found: _Found) -> tuple[Baseline, ...]:
+def _score(runs: Runs, found: Found) -> tuple[Baseline, ...]:
     """The baselines on the tuned and the held-out sequences, fastest first."""
     cases = [found.winner, *(rival.case for rival in found.rivals)]
     if _HELD_OUT in runs.setting.workloads:
-        runs.results([case._replace(sequences=_HELD_OUT) for case in cases])
+        runs.outcomes(case._replace(sequences=_HELD_OUT) for case in cases)
     baselines = [
         Baseline(
             name=rival.name,
@@ -290,29 +223,40 @@ def _held_out(runs: Runs, case: Case) -> RunResult | None:
     return runs.result(case._replace(sequences=_HELD_OUT)) if is_held_out else None
 
 
-def _programmes(runs: Runs, found: _Found) -> tuple[Programme, ...]:
+def _programmes(runs: Runs, found: Found) -> tuple[Programme, ...]:
     """What each integer programme chose, and how it does as a whole on the sequences of the table."""
     sequences = _table_part(runs.setting)
     cases = [Case(name, choice.budget, choice.interval, sequences) for name, choice in found.choices.items()]
-    results = runs.results(cases)
     return tuple(
         Programme(
             policy=case.policy,
             budget=case.budget,
             refresh_interval=case.interval,
             solver=found.choices[case.policy].report,
-            resimulated_s=result.makespan_s,
+            resimulated_s=outcome.result.makespan_s,
             num_columns=len(found.tables[case.policy].columns),
         )
-        for case, result in zip(cases, results, strict=True)
+        for case, outcome in zip(cases, runs.outcomes(cases), strict=True)
+    )
+
+
+def _rescored(runs: Runs, found: Found) -> Rescored:
+    """What whole runs said of what the programmes chose."""
+    programme = found.choices.get(found.winner.policy)
+    own = None if programme is None else Case(found.winner.policy, programme.budget, programme.interval, _TUNED)
+    return Rescored(
+        num_neighbours=found.num_neighbours,
+        programme_s=None if own is None else runs.result(own).makespan_s,
+        before_s=runs.result(found.start).makespan_s,
+        after_s=runs.result(found.winner).makespan_s,
     )
 
 
 def _make_plan(
-    runs: Runs, found: _Found, trace: Trace, split: Split, objective: str, max_tokens: int, room: Room
+    runs: Runs, found: Found, trace: Trace, split: Split, objective: Objective, max_tokens: int, room: Room
 ) -> Plan:
     setting, winner = runs.setting, found.winner
-    report = found.choices[winner.policy].report
+    report = found.choices[winner.policy].report if winner.policy in found.choices else None
     held_out = _held_out(runs, winner)
     return Plan(
         model=ModelSizes.of(setting.model),
@@ -325,25 +269,19 @@ def _make_plan(
             profiled=split.profiled,
             held_out=split.held_out,
         ),
-        objective=objective,
+        objective=objective.name,
         execution=setting.execution.name,
         context=setting.workloads[_TUNED].context,
         policy=winner.policy,
         budget=winner.budget,
         refresh_interval=winner.interval,
         placement=_placement(setting, winner),
-        miss_rule=make_policy(winner.policy, winner.interval, setting.popularity).miss_action,
+        miss_rule=setting.policy(winner).miss_action,
         max_tokens=max_tokens,
         reserve_bytes=room.memory.reserve,
         predicted=Prediction.of(runs.result(winner)),
         held_out=None if held_out is None else Prediction.of(held_out),
-        proof=Proof(
-            solver=report.solver,
-            status=report.status,
-            objective_s=report.objective_s,
-            bound_s=report.bound_s,
-            gap=report.gap,
-        ),
+        proof=None if report is None else Proof.of(report),
         tide_code=tide_code(winner, setting.model.block_length),
         seed=setting.seed,
         tool_version=tool_version(),

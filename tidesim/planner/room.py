@@ -23,15 +23,20 @@ class Room:
 
 
 def measure_room(
-    model: MoEConfig, hardware: Hardware, execution: Execution, max_tokens: int, reserve_bytes: int | None = None
+    model: MoEConfig,
+    hardware: Hardware,
+    execution: Execution,
+    max_tokens: int,
+    reserve_bytes: int | None = None,
+    batch_size: int = 1,
 ) -> Room:
-    """The room for experts while a sequence of `max_tokens` is decoded.
+    """The room for experts while a sequence of `max_tokens` is decoded, or a batch of so many in all.
 
     With unified memory all experts are there anyway. Raise InfeasibleError, with every figure and the nearest request
     that works, if not even a budget of 0 fits.
     """
     all_slots = model.num_layers * model.num_experts
-    memory = device_memory(model, hardware, execution, 0, max_tokens, reserve_bytes)
+    memory = device_memory(model, hardware, execution, 0, max_tokens, reserve_bytes, batch_size=batch_size)
     left_bytes = hardware.device.memory_bytes - memory.total
     if left_bytes < 0:
         raise InfeasibleError(_no_room(model, hardware, execution, memory, max_tokens))

@@ -1,4 +1,8 @@
-"""The runs that planning needs, each timed once, on several processes at a time."""
+"""The runs that planning needs, each timed once.
+
+A machine that the compiled replay can time takes milliseconds for a run, and everything runs in this process. One whose
+device, host and copies slow each other down is for the event simulator, and its runs go to several processes.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,10 +17,11 @@ from tidesim.hardware import Hardware
 from tidesim.lending import Lent
 from tidesim.moe import MoEConfig
 from tidesim.policies import Policy, policy
+from tidesim.replay import is_contended
 from tidesim.result import RunResult
 from tidesim.timing import timed
 from tidesim.workers import Progress, Workers
-from tidesim.workload import Workload
+from tidesim.workload import ForwardKind, Workload
 
 REFRESHING = ("tide", "tide-as-coded")
 
@@ -60,19 +65,49 @@ class Setting:
     execution: Execution
     seed: int
 
-    def run(self, case: Case) -> RunResult:
+    def run(self, case: Case) -> "Outcome":
         """Time one case. Whether it fits the device is not asked: a table may hold more than fits."""
-        popularity = self.popularity if case.sequences == self.held_out else self.tuning_popularity
-        return timed(
-            self.workloads[case.sequences],
+        workload = self.workloads[case.sequences]
+        spent = np.zeros((workload.num_forwards, workload.num_layers + 1), np.int64)
+        result = timed(
+            workload,
             self.model,
             self.hardware,
-            make_policy(case.policy, case.interval, popularity),
+            self.policy(case),
+            spent=spent,
             budget=case.budget,
             execution=self.execution,
             seed=self.seed,
             is_memory_checked=False,
         )
+        return Outcome(result, by_block(workload, spent))
+
+    def policy(self, case: Case) -> Policy:
+        """A policy object for a case, which knows no more than it may of the sequences that it is run on."""
+        popularity = self.popularity if case.sequences == self.held_out else self.tuning_popularity
+        return make_policy(case.policy, case.interval, popularity)
+
+
+class Outcome(NamedTuple):
+    """What came of a run, and the time of each block: int64 [blocks, L + 1], ns by layer, and outside the layers."""
+
+    result: RunResult
+    block_ns: npt.NDArray[np.int64]
+
+    @property
+    def slowest_block_ns(self) -> int:
+        """The time of the slowest block, from its first denoising step to its last forward."""
+        return int(self.block_ns.sum(axis=1).max(initial=0))
+
+
+def by_block(workload: Workload, spent: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`spent` [F, L + 1], added up over the forwards of each block; a prompt's prefill is none."""
+    is_block = workload.kind != ForwardKind.PREFILL
+    pairs = np.stack([workload.sequence, workload.block])[:, is_block]
+    blocks, number = np.unique(pairs, axis=1, return_inverse=True)
+    added = np.zeros((blocks.shape[1], spent.shape[1]), np.int64)
+    np.add.at(added, number.ravel(), spent[is_block])
+    return added
 
 
 def make_policy(name: str, interval: tuple[int, ...] | None, popularity: npt.NDArray[np.int64]) -> Policy:
@@ -87,15 +122,16 @@ class Runs:
 
     Parameters
     ----------
-    workers : see `Workers`.
+    workers : see `Workers`; None means one process if the replay can time the machine.
     """
 
     def __init__(self, setting: Setting, *, workers: int | None = None, progress: Progress | None = None) -> None:
         self.setting = setting
         self._progress = progress
-        self._results: dict[Case, RunResult] = {}
+        self._outcomes: dict[Case, Outcome] = {}
         self._lent = Lent(setting.workloads)
-        self._workers = Workers(replace(setting, workloads=self._lent), workers)
+        num_workers = 1 if workers is None and not is_contended(setting.hardware) else workers
+        self._workers = Workers(replace(setting, workloads=self._lent), num_workers)
 
     def __enter__(self) -> Self:
         self._lent.__enter__()
@@ -106,22 +142,22 @@ class Runs:
         self._workers.__exit__(kind, error, tb)
         self._lent.__exit__(kind, error, tb)
 
-    def results(self, cases: Iterable[Case]) -> list[RunResult]:
-        """The result of each case, in order; only those not asked for before are simulated."""
+    def outcomes(self, cases: Iterable[Case]) -> list[Outcome]:
+        """What comes of each case, in order; only those not asked for before are run."""
         wanted = list(cases)
-        new = [case for case in dict.fromkeys(wanted) if case not in self._results]
-        num_known = len(self._results) + len(new)
-        for case, result in zip(new, self._workers.map(Setting.run, new), strict=True):
-            self._results[case] = result
+        new = [case for case in dict.fromkeys(wanted) if case not in self._outcomes]
+        num_known = len(self._outcomes) + len(new)
+        for case, outcome in zip(new, self._workers.map(Setting.run, new), strict=True):
+            self._outcomes[case] = outcome
             if self._progress is not None:
-                self._progress(len(self._results), num_known)
-        return [self._results[case] for case in wanted]
+                self._progress(len(self._outcomes), num_known)
+        return [self._outcomes[case] for case in wanted]
 
     def result(self, case: Case) -> RunResult:
         """The result of one case."""
-        return self.results([case])[0]
+        return self.outcomes([case])[0].result
 
     @property
     def num_simulated(self) -> int:
-        """Runs simulated so far."""
-        return len(self._results)
+        """Runs so far."""
+        return len(self._outcomes)

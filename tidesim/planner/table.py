@@ -8,10 +8,11 @@ layers share one link, and it is an approximation; so whatever is chosen is simu
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tidesim.planner.candidates import Candidates
 from tidesim.planner.integer_programme import Option
-from tidesim.planner.runs import REFRESHING, Case, Runs
-from tidesim.result import RunResult
+from tidesim.planner.runs import REFRESHING, Case, Outcome, Runs
 
 Pair = tuple[int, int | None]  # budget, interval
 
@@ -25,26 +26,59 @@ class Table:
     """Uniform runs of one policy, by their (budget, interval)."""
 
     policy: str
-    columns: Mapping[Pair, RunResult]
+    columns: Mapping[Pair, Outcome]
 
-    def options(self) -> list[list[Option]]:
-        """For each MoE layer, its time in every column."""
-        num_layers = len(next(iter(self.columns.values())).layer_parts_ns) - 1
+    @property
+    def pairs(self) -> list[Pair]:
+        """The (budget, interval) pairs."""
+        return list(self.columns)
+
+    @property
+    def _any(self) -> Outcome:
+        return next(iter(self.columns.values()))
+
+    def options(self, *, has_blocks: bool = False) -> list[list[Option]]:
+        """For each MoE layer, its time in every column; and if asked, what of it goes into each block."""
+        num_layers = len(self._any.result.layer_parts_ns) - 1
         return [
-            [Option(*pair, time_ns=sum(result.layer_parts_ns[layer])) for pair, result in self.columns.items()]
+            [
+                Option(
+                    *pair,
+                    time_ns=sum(outcome.result.layer_parts_ns[layer]),
+                    block_ns=tuple(outcome.block_ns[:, layer].tolist()) if has_blocks else (),
+                )
+                for pair, outcome in self.columns.items()
+            ]
             for layer in range(num_layers)
         ]
+
+    def layer_ns(self, layer: int, budget: int, interval: int | None) -> int:
+        """A layer's time with these, between the columns with the nearest budgets of (nearly) the same interval."""
+        intervals = {pair[1] for pair in self.columns}
+        if interval not in intervals:
+            interval = min(intervals, key=lambda other: abs((other or 0) - (interval or 0)))
+        # Columns of budgets where nothing ever moves stand for every interval.
+        times = {pair[0]: sum(out.result.layer_parts_ns[layer]) for pair, out in self.columns.items()}
+        times |= {
+            pair[0]: sum(out.result.layer_parts_ns[layer]) for pair, out in self.columns.items() if pair[1] == interval
+        }
+        known = sorted(times)
+        return int(np.interp(budget, known, [times[slots] for slots in known]))
 
     @property
     def outside_ns(self) -> int:
         """Time outside the MoE layers, which no choice changes."""
-        return sum(next(iter(self.columns.values())).layer_parts_ns[-1])
+        return sum(self._any.result.layer_parts_ns[-1])
 
-    def fastest(self, slots: int) -> Pair:
-        """The fastest column whose budget fits in every layer at once."""
-        num_layers = len(next(iter(self.columns.values())).layer_parts_ns) - 1
-        fitting = {pair: result for pair, result in self.columns.items() if pair[0] * num_layers <= slots}
-        return min(fitting, key=lambda pair: fitting[pair].makespan_ns)
+    @property
+    def outside_block_ns(self) -> tuple[int, ...]:
+        """The same of each block."""
+        return tuple(self._any.block_ns[:, -1].tolist())
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens that the sequences of the table generate."""
+        return self._any.result.generated_tokens
 
 
 def fill_tables(runs: Runs, candidates: Candidates, sequences: str) -> dict[str, Table]:
@@ -55,13 +89,13 @@ def fill_tables(runs: Runs, candidates: Candidates, sequences: str) -> dict[str,
     """
     num_experts = runs.setting.model.num_experts
     others = [budget for budget in candidates.budgets if budget != candidates.anchor]
-    columns: dict[str, dict[Pair, RunResult]] = {name: {} for name in candidates.policies}
+    columns: dict[str, dict[Pair, Outcome]] = {name: {} for name in candidates.policies}
 
     def fill(pairs: Mapping[str, Sequence[Pair]]) -> None:
         wanted = [(name, pair) for name in candidates.policies for pair in pairs[name]]
         cases = [_column_case(runs, name, pair, sequences) for name, pair in wanted]
-        for (name, pair), result in zip(wanted, runs.results(cases), strict=True):
-            columns[name][pair] = result
+        for (name, pair), outcome in zip(wanted, runs.outcomes(cases), strict=True):
+            columns[name][pair] = outcome
 
     every = {name: _intervals_of(name, candidates) for name in candidates.policies}
     fill({name: _pairs(name, [candidates.anchor], every[name], num_experts) for name in every})
@@ -74,9 +108,11 @@ def _intervals_of(policy: str, candidates: Candidates) -> tuple[int | None, ...]
     return candidates.intervals if policy in REFRESHING else (None,)
 
 
-def _kept(columns: Mapping[str, Mapping[Pair, RunResult]]) -> dict[str, list[int | None]]:
+def _kept(columns: Mapping[str, Mapping[Pair, Outcome]]) -> dict[str, list[int | None]]:
     """The intervals of each policy to go on with, fastest first, by their runs at one budget."""
-    times_ns = {name: {pair: run.makespan_ns for pair, run in column.items()} for name, column in columns.items()}
+    times_ns = {
+        name: {pair: outcome.result.makespan_ns for pair, outcome in column.items()} for name, column in columns.items()
+    }
     limit_ns = (1 + _KEPT_MARGIN) * min(time_ns for column in times_ns.values() for time_ns in column.values())
     kept = {}
     for name, column in times_ns.items():
@@ -108,6 +144,6 @@ def _column_case(runs: Runs, policy: str, pair: Pair, sequences: str) -> Case:
     return Case.uniform(policy, budget, interval, sequences, model.num_layers)
 
 
-def _by_pair(item: tuple[Pair, RunResult]) -> tuple[int, int]:
+def _by_pair(item: tuple[Pair, Outcome]) -> tuple[int, int]:
     budget, interval = item[0]
     return budget, interval or 0

@@ -9,6 +9,9 @@ it makes the same moves wherever it runs. Whoever runs the network asks it in on
    this very forward, while moves in other layers are done last; with background copies `refresh` comes last, and its
    moves count from the next forward on.
 
+A policy may also write down at once what it would answer for many forwards (`Policy.write`), for whoever has no need to
+hear it layer by layer.
+
 Most policies are compositions of a few pieces: who begins (`composition`), when to refresh and which swaps are worth it
 (`Trigger`, `Guard`), how much an expert is worth and who is evicted (`pieces`), what becomes of misses (`splits`, and
 `schedules` for those that weigh host against copies), whom to fetch ahead (`prefetch`) and who says so (`predictors`).

@@ -1,27 +1,38 @@
-"""Caches: every missed expert is fetched and kept, in the place of another one, in forwards of all kinds.
+"""Caches: every missed expert is fetched, and takes the place of another one, in forwards of all kinds.
 
 The device computes everything. The experts of a forward run residents first, then the fetched ones in ascending ids. If
-a forward misses more experts than there are slots, the fetched ones follow each other through the slots.
+a forward misses more experts than there are slots, the fetched ones follow each other through the slots, or through
+scratch memory under `lru`.
 """
 
 from tidesim.policies.composition import Composition, first_ids, last_ids
 from tidesim.policies.interface import Policy
-from tidesim.policies.pieces import Arrival, Decayed, FrequencyOverAge, InUse, LastUse, Lowest, Visits
+from tidesim.policies.pieces import Arrival, Decayed, FrequencyOverAge, InUse, LastUse, Recency, Visits
 from tidesim.policies.rules import Rule
-from tidesim.policies.splits import KeepAll
+from tidesim.policies.splits import KeepAll, KeepBest
+from tidesim.policies.victims import Lowest
 
 # --- plain rules ---
 
 
 def lru() -> Policy:
-    """Fetch every missed expert and keep it, in the place of the least recently used one of its layer.
+    """Fetch every missed expert; after each forward the B most recently used ones of a layer are there.
 
-    Textbook rule, of no project. The experts of a forward are used resident ones first, ascending ids, and all
-    residents in use count as used before the first copy. So a forward's own residents are the last victims; when a
-    forward misses more experts than there are slots, the fetched ones follow. The first residents are ids 0..B-1
-    (oldest: 0). There are no ties: uses are totally ordered.
+    Textbook rule, of no project. All experts, on the device or not, are ordered by their last use: the later the
+    forward the more recent, and in one forward the higher the id. The misses that are then among the B most recent ones
+    stay; the victims are the least recent residents, the least recent first. When a forward uses more experts than
+    there are slots, so that its lower ids are not among them, those are copied after the others into scratch memory for
+    one expert, and forgotten. Before its first use an expert is less recent than all that were used, and the lower id
+    more recent than the higher one: the first residents are ids 0..B-1. There are no ties.
+
+    The order does not depend on B. So this is a stack algorithm (Mattson et al., "Evaluation techniques for storage
+    hierarchies", 1970): residents at one budget are residents at all larger ones, and one pass over the routing counts
+    what happens at all budgets; see `replay.lru_curve`.
     """
-    return Composition("lru", first_ids, split=KeepAll(), victims=Lowest(LastUse()), rule=Rule("least-recent"))
+    recency = Recency()
+    return Composition(
+        "lru", first_ids, split=KeepBest(recency), victims=Lowest(recency), scratch=1, rule=Rule("most-recent")
+    )
 
 
 def lfu() -> Policy:
@@ -30,7 +41,7 @@ def lfu() -> Policy:
     Textbook rule, of no project. A use is a forward that routes to an expert, however many tokens; uses are counted
     while an expert is on the device, and begin again when it comes back. Who was just fetched has one use, so it is
     often the next victim, even in the same forward. The first residents are ids 0..B-1, not used yet. Ties: the least
-    recently used, as in `lru`, then the lower id.
+    recently used, as in `mixtral_offloading`, then the lower id.
     """
     return Composition("lfu", first_ids, split=KeepAll(), victims=Lowest(Visits(is_kept=False), LastUse()))
 
@@ -56,10 +67,11 @@ def mixtral_offloading() -> Policy:
     """mixtral-offloading (github.com/dvmazur/mixtral-offloading), as coded: a least recently used cache per layer.
 
     All active experts are marked as most recent before the first copy, ascending ids, residents first. A mark moves
-    nothing for one that is absent, and one that comes in is marked once more. So victims are those of `lru`: a resident
+    nothing for one that is absent, and one that comes in is marked once more. So the order in a forward depends on who
+    was resident, unlike in `lru`: residents in use are used first, in ascending ids, then each one fetched. A resident
     in use is protected by its recency alone, and misses beyond the number of slots cycle through the layer's slots. The
-    one difference is who begins: the lowest ids are offloaded there, so the first residents are the B highest (oldest:
-    the lowest of them). There are no ties.
+    lowest ids are offloaded there, so the first residents are the B highest (oldest: the lowest of them). There are no
+    ties.
 
     Left out: the window. The first min(3, B, misses) swaps are issued up front there, and one more behind each expert
     that was fetched and ran. All copies are on the stream that computes, so this changes the order of things and not

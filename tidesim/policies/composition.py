@@ -21,11 +21,12 @@ from tidesim.policies.interface import (
     Serving,
     Shape,
 )
-from tidesim.policies.pieces import Piece, Score, Victims, best, everything_in
+from tidesim.policies.pieces import Piece, Score, best, everything_in, hears_of
 from tidesim.policies.prefetch import Prefetch
-from tidesim.policies.rules import Rule
+from tidesim.policies.rules import Rule, Schedule, Steps
 from tidesim.policies.splits import OnHost, Split
-from tidesim.residency import NO_MOVES, Moves, Placement, per_layer
+from tidesim.policies.victims import Queue, Victims
+from tidesim.residency import NO_MOVES, Moves, Placement
 from tidesim.workload import ForwardKind
 
 # --- who begins ---
@@ -108,42 +109,34 @@ class Trigger(Piece):
 
     Attributes
     ----------
-    refresh_interval : see `Policy.refresh_interval`.
+    refresh_interval, refresh_steps : see `Policy`.
     """
 
     refresh_interval: Interval = None
+    refresh_steps: Steps | None = None
 
     def is_due(self, forward: ForwardInfo, layer: int) -> bool:
         """Whether this forward refreshes `layer`."""
         raise NotImplementedError
 
 
-class EverySteps(Trigger):
-    """Every τ denoising steps, counted from each block's first step; with `first_block` also every step of that block.
+class OnSchedule(Trigger):
+    """On the denoising steps of a block that `schedule` says."""
 
-    Parameters
-    ----------
-    refresh_interval : τ >= 1, one number or one per layer. Raise InputError otherwise.
-    first_block : whether a sequence's first decoded block is refreshed on each denoising step.
-    """
-
-    def __init__(self, refresh_interval: int | Sequence[int], *, first_block: bool = False) -> None:
-        numbers = tuple(refresh_interval) if isinstance(refresh_interval, Sequence) else (refresh_interval,)
-        if not all(isinstance(number, int) and number >= 1 for number in numbers):
-            raise InputError(f"refresh_interval(={refresh_interval}) must be a whole number >= 1, or one per layer.")
-        self.refresh_interval = numbers if isinstance(refresh_interval, Sequence) else refresh_interval
-        self._per_layer, self._first_block = numbers, first_block
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self.refresh_interval, self.refresh_steps = schedule.refresh_interval, schedule.stated_steps
 
     def begin(self, shape: Shape) -> None:
-        """Raise InputError if there are intervals for another number of layers."""
-        assert self.refresh_interval is not None
-        self._per_layer = per_layer(self.refresh_interval, shape.num_layers, "refresh_interval")
+        """Raise InputError if the schedule is for another number of layers."""
+        self._schedule.check(shape.num_layers)
 
     def is_due(self, forward: ForwardInfo, layer: int) -> bool:
         """See `Trigger`."""
         if forward.kind != ForwardKind.DENOISE:
             return False
-        return (self._first_block and forward.is_first_block) or forward.step % self._per_layer[layer] == 0
+        is_always = self._schedule.first_block and forward.is_first_block
+        return is_always or self._schedule.is_due(layer, forward.step)
 
 
 class AfterPrefill(Trigger):
@@ -227,12 +220,14 @@ class Refresh(Piece):
             return NO_MOVES
         self._num_refreshes[layer] += 1
         worth, budget = self._want.of(layer), self._budgets[layer]
-        wanted = [expert for expert in best(worth, len(worth) if self._is_pairwise else budget) if worth[expert] > 0]
+        ranked = np.array(best(worth, len(worth) if self._is_pairwise else budget), np.intp)
+        ranked = ranked[worth[ranked] > 0]
         may_go = is_resident.copy()
         if not self._is_pairwise:
-            may_go[wanted] = False
+            may_go[ranked] = False
+        wanted: list[int] = ranked.tolist()
         candidates = self._victims.order(layer, wanted, may_go)
-        challengers = [expert for expert in wanted if not is_resident[expert]]
+        challengers: list[int] = ranked[~is_resident[ranked]].tolist()
         num_free = budget - int(np.count_nonzero(is_resident))
         promote, evict = self._swaps(layer, challengers, candidates, num_free)
         gone = set(evict)
@@ -246,7 +241,7 @@ class Refresh(Piece):
         if self._guard is None:
             return list(challengers), list(candidates[: max(0, len(challengers) - num_free)])
         guard, worth = self._guard, self._want.of(layer)
-        age = self._num_refreshes[layer] - self._since[layer]
+        age: list[int] = (self._num_refreshes[layer] - self._since[layer]).tolist()
         waiting = [victim for victim in candidates if age[victim] >= guard.min_dwell]
         promote: list[int] = []
         for challenger in challengers[: guard.max_swaps]:
@@ -308,12 +303,19 @@ class Composition(Policy):
         self._split = split or OnHost()
         self._is_in_use_safe = is_in_use_safe
         self._pieces = everything_in([refresh, self._split, victims, prefetch])
+        self._told_of_promotions = [piece for piece in self._pieces if hears_of("promoted", piece)]
+        self._told_of_evictions = [piece for piece in self._pieces if hears_of("evicted", piece)]
         self.miss_action: MissAction = self._split.action
 
     @property
     def refresh_interval(self) -> Interval:
         """See `Policy`."""
         return None if self._refresh is None else self._refresh.trigger.refresh_interval
+
+    @property
+    def refresh_steps(self) -> Steps | None:
+        """See `Policy`."""
+        return None if self._refresh is None else self._refresh.trigger.refresh_steps
 
     def initial(self, shape: Shape) -> Placement:
         """See `Policy`. Raise BudgetError if it keeps whom it fetches and a layer, or the network, has no slot."""
@@ -380,9 +382,12 @@ class Composition(Policy):
         slots = sum(self._num_slots) if is_pooled else self._num_slots[layer]
         num_free = slots - int(np.count_nonzero(present if is_pooled else present[layer]))
         evict: list[int] = []
+        queue: Queue | None = None
         for number, expert in enumerate(keep):
             if number >= num_free:
-                victim = self._victims.first(layer, present & ~safe) if self._victims is not None else None
+                if queue is None and self._victims is not None:
+                    queue = self._victims.queue(layer, present & ~safe)
+                victim = None if queue is None else queue.pop()
                 if victim is None:
                     return Moves(tuple(keep[:number]), tuple(evict)), keep[number:]
                 present[victim] = False
@@ -390,12 +395,14 @@ class Composition(Policy):
                 self._tell_evicted(*victim)
             present[layer, expert] = True
             self._tell_promoted(layer, expert)
+            if queue is not None and not safe[layer, expert]:
+                queue.push(layer, expert)
         return Moves(tuple(keep), tuple(evict)), ()
 
     def _tell_promoted(self, layer: int, expert: int) -> None:
-        for piece in self._pieces:
+        for piece in self._told_of_promotions:
             piece.promoted(layer, expert)
 
     def _tell_evicted(self, layer: int, expert: int) -> None:
-        for piece in self._pieces:
+        for piece in self._told_of_evictions:
             piece.evicted(layer, expert)

@@ -12,15 +12,7 @@ import numpy.typing as npt
 from tidesim.errors import InputError
 from tidesim.policies.composition import AfterPrefill, Composition, Guard, MostPopular, Refresh, first_ids
 from tidesim.policies.interface import Policy
-from tidesim.policies.pieces import (
-    LastActiveBefore,
-    LastTurn,
-    LowerId,
-    Lowest,
-    Slot,
-    SmoothedShare,
-    ThisForward,
-)
+from tidesim.policies.pieces import LastActiveBefore, LastTurn, LowerId, Slot, SmoothedShare, ThisForward
 from tidesim.policies.schedules import Balanced, Constants, LeastSum, Predicted, Tariff, TwoPointers
 from tidesim.policies.splits import (
     ByKind,
@@ -32,6 +24,7 @@ from tidesim.policies.splits import (
     StreamAndKeepTop,
     StreamLayer,
 )
+from tidesim.policies.victims import Lowest
 
 Mode = Literal["coded", "published"]
 

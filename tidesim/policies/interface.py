@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tidesim.execution import Costs
-from tidesim.policies.rules import Rule
+from tidesim.policies.rules import Rule, Steps
 from tidesim.residency import NO_MOVES, Moves, Placement
 from tidesim.result import Decision
 from tidesim.workload import ForwardKind, Workload
@@ -135,6 +135,25 @@ def decided(
     )
 
 
+# What a move is part of. They come in this order within a layer of a forward, but that of a refresh may be last.
+REFRESH, KEEP, DROP, AHEAD = range(4)
+NOBODY = -1
+
+
+class Written(NamedTuple):
+    """All moves of some forwards.
+
+    Parameters
+    ----------
+    first : int64 [F * L + 1], where the moves that are decided around each layer of each forward begin.
+    moves : int32 [M, 4], what each is part of, the layer that it is in, who comes in and who goes out for it; an expert
+        is named by its id in that layer, and -1 is nobody.
+    """
+
+    first: npt.NDArray[np.int64]
+    moves: npt.NDArray[np.int32]
+
+
 class Policy(ABC):
     """Decides who is resident, and what becomes of who is not. Derive own policies from this class.
 
@@ -152,6 +171,7 @@ class Policy(ABC):
     miss_action : what becomes of misses, for the record: "host", "fetch" or "split" between the two.
     refresh_interval : denoising steps from one refresh to the next, one number or one per layer, for the record;
         None if the policy has no such thing.
+    refresh_steps : the denoising steps of a block that are refreshed, where these are listed one by one; likewise.
     """
 
     name: str
@@ -164,6 +184,11 @@ class Policy(ABC):
 
     @property
     def refresh_interval(self) -> Interval:
+        """See the class."""
+        return None
+
+    @property
+    def refresh_steps(self) -> Steps | None:
         """See the class."""
         return None
 
@@ -195,3 +220,10 @@ class Policy(ABC):
     def ahead(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> Sequence[Ahead]:
         """Moves in other layers, whose copies queue up behind those of this layer's misses."""
         return ()
+
+    def write(self, workload: Workload, forwards: slice, is_resident: Mask) -> Written | None:
+        """All that would be answered about the next `forwards` of `workload`, at once; None: it is to be asked.
+
+        Who is resident, [L, E], is changed by the moves.
+        """
+        return None

@@ -1,10 +1,10 @@
-"""What policies are made of: scores, which say how much each expert is worth by what was seen, and orders of victims.
+"""What policies are made of: scores, which say how much each expert is worth by what was seen.
 
 A piece remembers what it needs of a run. The policy that it belongs to tells it when a run begins, what every router
 chose, and who was promoted or evicted. Letters: L MoE layers, E experts per layer.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from typing import Literal
 
@@ -15,7 +15,6 @@ from tidesim.errors import InputError
 from tidesim.policies.interface import Counts, ForwardInfo, Mask, Shape
 
 Floats = npt.NDArray[np.float64]
-Expert = tuple[int, int]  # its layer, and its id there
 
 
 class Piece:
@@ -43,6 +42,11 @@ class Piece:
         return
 
 
+def hears_of(move: Literal["promoted", "evicted"], piece: Piece) -> bool:
+    """Whether a move of that kind means anything to `piece`: most do not listen, and there are many moves."""
+    return getattr(type(piece), move) is not getattr(Piece, move)
+
+
 def everything_in(pieces: Iterable[Piece | None]) -> list[Piece]:
     """The pieces and all that they are made of, each once, parts before the whole."""
     found: dict[int, Piece] = {}
@@ -53,13 +57,18 @@ def everything_in(pieces: Iterable[Piece | None]) -> list[Piece]:
     return list(found.values())
 
 
-# --- scores ---
-
-
 class Score(Piece):
-    """How much each expert is worth: the higher, the more."""
+    """How much each expert is worth: the higher, the more.
 
-    table: Floats  # [L, E]
+    Attributes
+    ----------
+    table : the worth of all experts, [L, E].
+    is_own : whether `promoted` and `evicted` change nobody's worth but that of who moves. If not, all are compared anew
+        for each victim.
+    """
+
+    table: Floats
+    is_own: bool = False
 
     def begin(self, shape: Shape) -> None:
         """Nobody is worth anything yet."""
@@ -109,6 +118,8 @@ class LastUse(Score):
     No two experts that were ever used are equal.
     """
 
+    is_own = True
+
     def begin(self, shape: Shape) -> None:
         """Nobody was used; nothing is older than the clock's first tick."""
         super().begin(shape)
@@ -141,6 +152,8 @@ class Arrival(Score):
     The lower, the longer a resident has been there; those that came in one forward are equal.
     """
 
+    is_own = True
+
     def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
         """Look at the number of the forward."""
         self._now = forward.index + 1
@@ -164,11 +177,31 @@ class LastActiveBefore(Score):
         self._now[layer, counts > 0] = forward.index + 1
 
 
+class Recency(Score):
+    """How recently an expert was routed to, on the device or not: the later the forward the more, and in it the higher
+    the id.
+
+    Who was not routed to yet comes behind all who were, the lower id before the higher one. No two experts are equal.
+    """
+
+    def begin(self, shape: Shape) -> None:
+        """Nobody was routed to."""
+        self._ids = np.arange(shape.num_experts)
+        self.table = np.tile(-self._ids.astype(np.float64), (shape.num_layers, 1))
+
+    def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
+        """Whoever has rows is more recent than all others."""
+        used = self._ids[counts > 0]
+        self.table[layer, used] = (forward.index + 1) * len(self._ids) + used
+
+
 class LastTurn(Score):
     """The turn in which an expert was used last on the device; each layer of each forward is one, counted from 1.
 
     All that are used in one turn are equal.
     """
+
+    is_own = True
 
     def observe(self, forward: ForwardInfo, layer: int, counts: Counts, is_resident: Mask) -> None:
         """The residents that have rows are used."""
@@ -188,6 +221,8 @@ class Visits(Score):
     forgets : whether all counts go back to 0 with each sequence.
     is_kept : whether an expert's count survives its eviction.
     """
+
+    is_own = True
 
     def __init__(self, forgets: Literal["never", "sequence"] = "never", *, is_kept: bool = True) -> None:
         self._is_cleared, self._is_kept = forgets == "sequence", is_kept
@@ -271,6 +306,8 @@ class Slot(Score):
     that is fetched that is its victim's.
     """
 
+    is_own = True
+
     def begin(self, shape: Shape) -> None:
         """Who lies where is seen with the first forward."""
         super().begin(shape)
@@ -299,102 +336,3 @@ def best(values: Floats, num: int) -> list[int]:
     """The `num` experts that are worth most, [E] -> ids: most first, and of equal ones the lower id."""
     ids: list[int] = np.argsort(-values, kind="stable")[:num].tolist()
     return ids
-
-
-# --- victims ---
-
-Tie = Literal["layer", "expert"]
-
-
-class Victims(Piece):
-    """In which order residents give up their slots."""
-
-    def first(self, layer: int, may_go: Mask) -> Expert | None:
-        """The next victim among `may_go` [L, E], for an expert of `layer`; None if that is nobody."""
-        raise NotImplementedError
-
-    def order(self, layer: int, wanted: Sequence[int], may_go: Mask) -> list[int]:
-        """All of `may_go` [E] in `layer`, the next victim first. `wanted` are the experts that are to be there."""
-        raise NotImplementedError
-
-    def settled(self, layer: int, wanted: Sequence[int], stay: Sequence[int]) -> None:
-        """A refresh is over: the residents are now `wanted`, and `stay` of those that `order` named."""
-        return
-
-
-class Lowest(Victims):
-    """Who is worth least goes first.
-
-    Parameters
-    ----------
-    scores : the first decides; where it is equal, the next one does.
-    scope : whether victims are looked for in the layer that needs a slot or in the whole network.
-    tie : of equal ones the lower id goes first; in the whole network "layer" is for the lower layer before the lower
-        id, "expert" for the lower id before the lower layer.
-    """
-
-    _sign = 1
-
-    def __init__(self, *scores: Score, scope: Literal["layer", "network"] = "layer", tie: Tie = "layer") -> None:
-        self._scores, self._scope, self._tie = scores, scope, tie
-
-    @property
-    def parts(self) -> Sequence[Piece]:
-        """The scores."""
-        return self._scores
-
-    def first(self, layer: int, may_go: Mask) -> Expert | None:
-        """See `Victims`."""
-        if self._scope == "layer":
-            candidates = np.flatnonzero(may_go[layer])
-            return (layer, self._least(candidates, lambda score: score.of(layer))) if len(candidates) else None
-        num_layers, num_experts = may_go.shape
-        by_layer = self._tie == "layer"
-        candidates = np.flatnonzero(may_go if by_layer else may_go.T)
-        if not len(candidates):
-            return None
-        least = self._least(candidates, lambda score: (score.table if by_layer else score.table.T).ravel())
-        return divmod(least, num_experts) if by_layer else (least % num_layers, least // num_layers)
-
-    def _least(self, candidates: npt.NDArray[np.intp], values: Callable[[Score], Floats]) -> int:
-        """The first of those `candidates` (positions in what `values` gives) that are worth least."""
-        for score in self._scores:
-            worth = self._sign * values(score)[candidates]
-            candidates = candidates[worth == worth.min()]
-        return int(candidates[0])
-
-    def order(self, layer: int, wanted: Sequence[int], may_go: Mask) -> list[int]:
-        """See `Victims`."""
-        ids = np.flatnonzero(may_go)
-        keys = [self._sign * score.of(layer)[ids] for score in reversed(self._scores)]
-        ordered: list[int] = ids[np.lexsort((ids, *keys))].tolist()
-        return ordered
-
-
-class Highest(Lowest):
-    """Who is worth most goes first; all else is as with `Lowest`."""
-
-    _sign = -1
-
-
-class SetOrder(Victims):
-    """The iteration order of a CPython set, as the released TIDE code has it.
-
-    The set is rebuilt at each refresh, from the wanted experts in their order and then the others that stay. With at
-    least 77 elements CPython (3.11 to 3.14) iterates small integers in ascending order, below that the order depends on
-    what was put in before. Real sets are built in the same way here, so this needs CPython.
-    """
-
-    def begin(self, shape: Shape) -> None:
-        """The first residents are ids 0..B-1, put in in that order."""
-        self._residents = [set(range(budget)) for budget in shape.budgets]
-
-    def order(self, layer: int, wanted: Sequence[int], may_go: Mask) -> list[int]:
-        """See `Victims`."""
-        return [expert for expert in self._residents[layer] if may_go[expert]]
-
-    def settled(self, layer: int, wanted: Sequence[int], stay: Sequence[int]) -> None:
-        """See `Victims`. Even without a move the set is built anew, and that can change its next iteration."""
-        rebuilt = set(wanted)
-        rebuilt.update(stay)
-        self._residents[layer] = rebuilt

@@ -240,6 +240,8 @@ class ExpectedVisits(Score):
     start again at 0 when the expert is evicted.
     """
 
+    is_own = True
+
     def __init__(self, predictor: Predictor, nearest: int) -> None:
         self._predictor, self._nearest = predictor, nearest
         self._visits = Visits(is_kept=False)

@@ -14,10 +14,11 @@ import numpy as np
 from tidesim.errors import InputError
 from tidesim.policies.composition import Composition, first_ids, nobody
 from tidesim.policies.interface import Ahead, Counts, ForwardInfo, Mask, MissAction, Policy, Serving, Shape
-from tidesim.policies.pieces import FrequencyOverAge, Highest, Lowest, Victims, Visits, everything_in
+from tidesim.policies.pieces import FrequencyOverAge, Visits, everything_in
 from tidesim.policies.predictors import ExpectedVisits, NearestForward, NearestSequence, Predictor
 from tidesim.policies.prefetch import CumulativeShare, MostExpected, Prefetch, all_expected
 from tidesim.policies.splits import KeepAll
+from tidesim.policies.victims import Highest, Lowest, Victims
 from tidesim.residency import Moves, Placement
 from tidesim.workload import Workload
 

@@ -47,9 +47,8 @@ class Predicted(Tariff):
     def begin(self, shape: Shape) -> None:
         """Make a table of both by rows."""
         costs = required_costs(shape)
-        alone_ns = [sum(costs.alone_ns(loop_ns)) for loop_ns in costs.loop_ns.tolist()]
         self._host_ns = costs.host_expert_ns.astype(np.float64)
-        self._fetched_ns = costs.promote_ns + np.array(alone_ns, np.float64)
+        self._fetched_ns = costs.promote_ns + costs.fetched_ns.astype(np.float64)
 
     def of(self, tokens: Counts) -> tuple[Floats, Floats]:
         """See `Tariff`."""

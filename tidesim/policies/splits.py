@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tidesim.policies.interface import Counts, ForwardInfo, Mask, MissAction
-from tidesim.policies.pieces import Piece, best
+from tidesim.policies.pieces import Piece, Score, best
 from tidesim.workload import ForwardKind
 
 
@@ -56,6 +56,37 @@ class KeepAll(Split):
     ) -> Fetched:
         """Everybody."""
         return Fetched(keep=missed)
+
+
+class KeepBest(Split):
+    """All are fetched; those that are then among the experts worth most stay, as many as there are residents.
+
+    Who stays is copied first, then the others for this forward only; both in ascending ids. No two experts may be worth
+    the same, and victims must be those worth least.
+
+    Parameters
+    ----------
+    worth : the score.
+    """
+
+    action: MissAction = "fetch"
+
+    def __init__(self, worth: Score) -> None:
+        self._worth = worth
+
+    @property
+    def parts(self) -> Sequence[Piece]:
+        """The score."""
+        return (self._worth,)
+
+    def choose(
+        self, forward: ForwardInfo, layer: int, missed: Sequence[int], counts: Counts, is_resident: Mask
+    ) -> Fetched:
+        """Everybody."""
+        if not missed:
+            return Fetched()
+        top = set(best(self._worth.of(layer), int(np.count_nonzero(is_resident[layer]))))
+        return Fetched([expert for expert in missed if expert in top], [each for each in missed if each not in top])
 
 
 class DropAll(Split):

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from tidesim.policies.composition import Composition, EverySteps, Guard, Refresh, first_ids
+from tidesim.policies.composition import Composition, Guard, OnSchedule, Refresh, first_ids
 from tidesim.policies.interface import Policy
-from tidesim.policies.pieces import Arrival, Lowest, SetOrder, ThisForward, Total
-from tidesim.policies.rules import Rule
+from tidesim.policies.pieces import Arrival, ThisForward, Total
+from tidesim.policies.rules import AnySteps, Rule, Schedule
+from tidesim.policies.victims import Lowest, SetOrder
 
 
-def tide(refresh_interval: int | Sequence[int] = 1) -> Policy:
+def tide(refresh_interval: int | Sequence[int] | None = None, *, refresh_steps: AnySteps | None = None) -> Policy:
     """TIDE as published (arXiv 2605.20179v1, algorithm 1): hottest host expert for coldest device expert.
 
     A counter per layer and expert adds up the tokens routed to it. Every τ denoising steps, counted from each block's
@@ -23,23 +24,26 @@ def tide(refresh_interval: int | Sequence[int] = 1) -> Policy:
 
     Parameters
     ----------
-    refresh_interval : τ >= 1, one number or one per layer.
+    refresh_interval : τ >= 1, one number or one per layer; 1 if nothing is said.
+    refresh_steps : in place of an interval, the steps of a block to refresh at; see `rules.Schedule`.
     """
     hits = Total()
     hotter = Guard(is_strict=True)
-    swaps = Refresh(EverySteps(refresh_interval), hits, Lowest(hits), hotter, is_pairwise=True)
-    rule = Rule.refreshing("hottest-for-coldest", refresh_interval)
-    return Composition("tide", first_ids, refresh=swaps, rule=rule)
+    schedule = Schedule.of(refresh_interval, refresh_steps)
+    swaps = Refresh(OnSchedule(schedule), hits, Lowest(hits), hotter, is_pairwise=True)
+    return Composition("tide", first_ids, refresh=swaps, rule=Rule("hottest-for-coldest", schedule))
 
 
-def tide_as_coded(refresh_interval: int | Sequence[int] = 1) -> Policy:
+def tide_as_coded(
+    refresh_interval: int | Sequence[int] | None = None, *, refresh_steps: AnySteps | None = None
+) -> Policy:
     """TIDE as its released code does it (github.com/ims-kdks/TIDE), which differs from the paper in most points.
 
     It refreshes on each denoising step whose number within its block is a multiple of τ, and on every step of a
     sequence's first decoded block. A refresh looks at this forward's counts alone: the targets are the (at most) B
     experts with most tokens, those without any left out. Absent targets are promoted, most tokens first. As many
     residents that are no targets are evicted: the first ones in the iteration order of a CPython set, so neither counts
-    nor recency decide; see `pieces.SetOrder`.
+    nor recency decide; see `victims.SetOrder`.
 
     The first residents are ids 0..B-1. The released code has no KV cache, hence no prefill and no commit forwards, and
     counts every row of its window; here such forwards never refresh. Ties: PyTorch's top-k leaves the order of equal
@@ -47,14 +51,21 @@ def tide_as_coded(refresh_interval: int | Sequence[int] = 1) -> Policy:
 
     Parameters
     ----------
-    refresh_interval : τ >= 1 (`jump_steps` there), one number or one per layer.
+    refresh_interval : τ >= 1 (`jump_steps` there), one number or one per layer; 1 if nothing is said.
+    refresh_steps : in place of an interval, the steps of a block to refresh at; see `rules.Schedule`.
     """
-    trigger = EverySteps(refresh_interval, first_block=True)
-    rule = Rule.refreshing("top-counts", refresh_interval, first_block=True)
-    return Composition("tide-as-coded", first_ids, refresh=Refresh(trigger, ThisForward(), SetOrder()), rule=rule)
+    schedule = Schedule.of(refresh_interval, refresh_steps, first_block=True)
+    refresh = Refresh(OnSchedule(schedule), ThisForward(), SetOrder())
+    return Composition("tide-as-coded", first_ids, refresh=refresh, rule=Rule("top-counts", schedule))
 
 
-def rlx(refresh_interval: int | Sequence[int] = 1, margin: float = 0.0, min_dwell: int = 0) -> Policy:
+def rlx(
+    refresh_interval: int | Sequence[int] | None = None,
+    margin: float = 0.0,
+    min_dwell: int = 0,
+    *,
+    refresh_steps: AnySteps | None = None,
+) -> Policy:
     """TIDE's port to Rust (rlx-runtime 0.2.16, `ExpertPool`), as coded: small gains and newcomers are left alone.
 
     It refreshes when `tide_as_coded` does, and wants the same experts: those with most tokens of this forward. Absent
@@ -70,12 +81,13 @@ def rlx(refresh_interval: int | Sequence[int] = 1, margin: float = 0.0, min_dwel
 
     Parameters
     ----------
-    refresh_interval : τ >= 1 (`jump_steps` there), one number or one per layer.
+    refresh_interval : τ >= 1 (`jump_steps` there), one number or one per layer; 1 if nothing is said.
     margin : a challenger must have (1 + margin) times its victim's tokens at least. Raise InputError if it is negative.
     min_dwell : refreshes that a resident must have been there for, that of its eviction counted. Raise InputError
         likewise.
+    refresh_steps : in place of an interval, the steps of a block to refresh at; see `rules.Schedule`.
     """
     counts = ThisForward()
-    trigger = EverySteps(refresh_interval, first_block=True)
+    trigger = OnSchedule(Schedule.of(refresh_interval, refresh_steps, first_block=True))
     guard = Guard(margin=margin, min_dwell=min_dwell)
     return Composition("rlx", first_ids, refresh=Refresh(trigger, counts, Lowest(counts, Arrival()), guard))

@@ -8,6 +8,9 @@ compiled code that decides the same, and timed then. The results are those of `s
 One thing is beyond it: device, host and copies that slow each other down while they run. Profiles that say so
 (`contention`) are refused with a pointer to the simulator.
 
+What a policy hits and moves, without times, can be had for all budgets at once where residents are nested: see
+`curves`.
+
 The first run on a machine compiles, for about half a minute (`compile_s` of tests/benchmarks/replay_speed.py); what was
 compiled is kept on disk.
 """
@@ -16,13 +19,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tidesim.replay.curves import Curve, lru_curve, tide_as_coded_curves, tide_curves
     from tidesim.replay.replaying import Replayer, compile_now, is_compiled, is_contended, replay
 
-__all__ = ["Replayer", "compile_now", "is_compiled", "is_contended", "replay"]
+__all__ = [
+    "Curve",
+    "Replayer",
+    "compile_now",
+    "is_compiled",
+    "is_contended",
+    "lru_curve",
+    "replay",
+    "tide_as_coded_curves",
+    "tide_curves",
+]
+
+_CURVES = ("Curve", "lru_curve", "tide_as_coded_curves", "tide_curves")
 
 
 def __getattr__(name: str) -> Any:
     # Importing numba takes longer than most commands, so only who replays waits for it.
     if name in __all__:
-        return getattr(import_module("tidesim.replay.replaying"), name)
+        return getattr(import_module(f"tidesim.replay.{'curves' if name in _CURVES else 'replaying'}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,8 @@ A link serves its copies in the order in which they are asked for: each starts w
 What is asked for in the background may lie in the future of `now`. All times are whole nanoseconds, so the results are
 exact. Who moves is in a `Script`, or follows a rule (`tidesim.replay.rules`).
 
-Letters: F forwards, L MoE layers, E experts.
+Letters: F forwards, L MoE layers, E experts, W words of a set of experts, N = 64 * W bits of it. An expert is named
+through all layers: l * N + e.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.replay.compiling import Whole, compiled, inlined
+from tidesim.compiling import Whole, compiled, inlined
+from tidesim.replay.bits import STRIDE, WORD, Words, is_in, lowest, ones, put, take
 from tidesim.replay.rules import SCRIPTED, observe, refresh, serve
 from tidesim.replay.script import AHEAD, DROP, KEEP, NOBODY, REFRESH
 
@@ -35,57 +37,68 @@ class Clock(NamedTuple):
     ----------
     parts : int64 [L + 1, 5], time of each part in each layer, and outside.
     tally : int64 [7], what is counted, and how long device and host were busy.
-    resident : uint8 [L * E].
-    until : int64 [L * E], when an expert has arrived and has run, so that its slot may be overwritten. What lies in the
+    resident : uint64 [L * W], who is on the device.
+    until : int64 [L * N], when an expert has arrived and has run, so that its slot may be overwritten. What lies in the
         past needs no clearing. layer_until : int64 [L], the last arrival of a layer.
-    scratch_until : int64 [E], the same of who was dropped.
-    missed_rows : int32 [E], rows of the running layer's missed experts while its moves are done.
+    scratch_until : int64 [N], the same of who was dropped.
+    missed_rows : int32 [N], rows of the running layer's missed experts while its moves are done.
+    missed : uint64 [W], who these are.
     links : int64 [2, RING + room].
     """
 
     parts: Ints
     tally: Ints
-    resident: npt.NDArray[np.uint8]
+    resident: Words
     until: Ints
     layer_until: Ints
     scratch_until: Ints
     missed_rows: npt.NDArray[np.int32]
+    missed: Words
     links: Ints
 
 
-def new_clock(resident: npt.NDArray[np.bool_], room: int) -> Clock:
-    """Nothing has happened; `resident` [L, E] are on the device."""
-    L, E = resident.shape
+def new_clock(resident: Words, room: int) -> Clock:
+    """Nothing has happened; `resident` [L, W] are on the device."""
+    L, N = len(resident), resident.shape[1] * WORD
     return Clock(
         parts=np.zeros((L + 1, 5), np.int64),
         tally=np.zeros(7, np.int64),
-        resident=resident.ravel().astype(np.uint8),
-        until=np.zeros(L * E, np.int64),
+        resident=resident.ravel().copy(),
+        until=np.zeros(L * N, np.int64),
         layer_until=np.zeros(L, np.int64),
-        scratch_until=np.zeros(E, np.int64),
-        missed_rows=np.zeros(E, np.int32),
+        scratch_until=np.zeros(N, np.int64),
+        missed_rows=np.zeros(N, np.int32),
+        missed=np.zeros(resident.shape[1], np.uint64),
         links=np.zeros((2, RING + room), np.int64),
     )
 
 
 @compiled
-def play(routing: Any, prices: Any, fixed: Any, script: Any, ruled: Any, clock: Any) -> Whole:
-    """Run all forwards; returns the makespan. What is found out is left in `clock`.
+def play(routing: Any, prices: Any, fixed: Any, script: Any, ruled: Any, clock: Any, spent: Any, now: Whole) -> Whole:
+    """Run some forwards, the first of which begins at `now`; returns the time after them, the rest is in `clock`.
 
     Parameters
     ----------
-    routing, prices, fixed, script, ruled, clock : a `Routing`, `Prices`, `Fixed`, `Script`, `Ruled` and `Clock`.
+    routing, prices, script : a `Routing`, `Prices` and `Script` of these forwards. fixed, ruled, clock : a `Fixed`,
+        `Ruled` and `Clock` of the run. spent : int64 [F, L + 1], what each layer takes, and what lies outside; filled
+        unless it is empty.
     """
-    num_layers, now = len(clock.layer_until), np.int64(0)
+    num_layers, is_noted = len(clock.layer_until), len(spent) > 0
     outside = num_layers
     for forward in range(len(routing.tokens)):
+        begun = now
         now = _compute(clock, outside, DENSE, prices.entry[forward, 0], prices.entry[forward, 1], now)
+        inside = np.int64(0)
         for layer in range(num_layers):
+            entered = now
             now = _compute(clock, layer, DENSE, prices.dense[forward, 0], prices.dense[forward, 1], now)
             now = _run_layer(routing, prices, fixed, script, ruled, clock, forward, layer, now)
+            if is_noted:
+                spent[forward, layer] = now - entered
+                inside += now - entered
         now = _compute(clock, outside, DENSE, prices.head[forward, 0], prices.head[forward, 1], now)
-    _clip(clock.links, H2D, fixed.promote, now)
-    _clip(clock.links, D2H, fixed.evict, now)
+        if is_noted:
+            spent[forward, outside] = now - begun - inside
     return now
 
 
@@ -102,55 +115,51 @@ def _run_layer(
     now: Whole,
 ) -> Whole:
     """The routed experts of a layer, and the moves around them; returns the time after it."""
-    is_scripted, E = ruled.code == SCRIPTED, len(clock.missed_rows)
-    at, offset = forward * len(clock.layer_until) + layer, layer * E
-    begin, end = routing.first[at], routing.first[at + 1]
-    ids, here, until = routing.experts[begin:end], clock.resident[offset : offset + E], clock.until[offset : offset + E]
-    ends = routing.group_end[routing.first_group[at] : routing.first_group[at + 1]]
-    rows = routing.group_rows[routing.first_group[at] : routing.first_group[at + 1]]
+    is_scripted, W = ruled.code == SCRIPTED, len(clock.missed)
+    at, offset = forward * len(clock.layer_until) + layer, layer * W * WORD
+    active, here = routing.active[at], clock.resident[layer * W : layer * W + W]
     moves = script if is_scripted else ruled.moves
     move, last = (script.first[at], script.first[at + 1]) if is_scripted else (0, 0)
 
-    observe(ruled, routing, here, ids, ends, rows, at, layer)
+    observe(ruled, routing, here, at, layer)
     if not fixed.is_background:
         if not is_scripted:
-            last = refresh(ruled, routing, here, ids, forward, at, layer)
+            last = refresh(ruled, routing, here, forward, at, layer)
         while move < last and moves.part[move] == REFRESH:
-            now = _move_now(clock, fixed, layer, moves.enter[move], moves.leave[move], now)
+            now = _move_now(clock, fixed, moves, move, layer, now)
             move += 1
     start = now
-    hits, num_active, loop_ns, host_ns = _split(prices, here, ids, ends, rows, begin)
+    hits, num_active, loop_ns, host_ns = split(routing, prices, here, at)
     misses = routing.num_pairs[forward] - hits
     clock.tally[HITS] += hits
     clock.tally[MISSES] += misses
     if clock.layer_until[layer] > now:
-        now = _wait(clock, layer, COPY_WAIT, _last_arrival(here, until, ids), now)
-    kernel_ns, launch_ns = _residents_ns(prices, fixed, hits, num_active, loop_ns)
+        now = _wait(clock, layer, COPY_WAIT, _last_arrival(active, here, clock.until, offset), now)
+    kernel_ns, launch_ns = residents_ns(prices, fixed, hits, num_active, loop_ns)
     now = _compute(clock, layer, DEVICE, kernel_ns, launch_ns, now)
     if not is_scripted:
-        move, last = 0, serve(ruled, routing, here, begin, end, layer)
+        move, last = 0, serve(ruled, routing, here, at, layer)
     if move < last:
-        _note_roles(clock.missed_rows, here, until, ids, ends, rows, begin, now)
+        _note_roles(routing, clock, here, at, offset, now)
         move, misses, host_ns, now = _fetch(
             prices, fixed, clock, moves, layer, offset, move, last, misses, host_ns, start, now
         )
-        for pair in range(len(ids)):
-            clock.missed_rows[ids[pair]] = 0
+        _forget_roles(clock)
     if misses > 0:
         host_ns += prices.call[prices.first_call[forward] + misses]
         clock.tally[HOST_BUSY] += host_ns
         now = _wait(clock, layer, HOST_WAIT, (start if fixed.is_parallel else now) + host_ns, now)
     while move < last and moves.part[move] == AHEAD:
         if fixed.is_background:
-            _move_later(clock, fixed, moves.enter[move], moves.leave[move], start, now)
+            _move_later(clock, fixed, moves, move, start, now)
         else:
-            now = _move_now(clock, fixed, layer, moves.enter[move], moves.leave[move], now)
+            now = _move_now(clock, fixed, moves, move, layer, now)
         move += 1
     if fixed.is_background:
         if not is_scripted:
-            move, last = 0, refresh(ruled, routing, here, ids, forward, at, layer)
+            move, last = 0, refresh(ruled, routing, here, forward, at, layer)
         while move < last:
-            _move_later(clock, fixed, moves.enter[move], moves.leave[move], now, now)
+            _move_later(clock, fixed, moves, move, now, now)
             move += 1
     return now
 
@@ -159,44 +168,59 @@ def _run_layer(
 
 
 @inlined
-def _split(prices: Any, here: Any, ids: Any, ends: Any, rows: Any, begin: Whole) -> tuple[Whole, Whole, Whole, Whole]:
+def split(routing: Any, prices: Any, here: Any, at: Whole) -> tuple[Whole, Whole, Whole, Whole]:
     """What is on the device: rows, experts, and their kernels one by one; and the host's time for all other experts."""
-    hits, num_active, loop_ns, host_ns, first = 0, 0, 0, 0, 0
-    for group in range(len(ends)):
-        num_rows, stop, num_here = rows[group], ends[group] - begin, 0
-        for pair in range(first, stop):
-            num_here += here[ids[np.uint64(pair)]]
-        hits += num_rows * num_here
+    hits, num_active, loop_ns, host_ns = 0, 0, 0, 0
+    for group in range(routing.first_group[at], routing.first_group[at + 1]):
+        num_here, members = 0, routing.groups[group]
+        for word in range(0, len(here), STRIDE):
+            num_here += (
+                ones(members[word] & here[word])
+                + ones(members[word + 1] & here[word + 1])
+                + ones(members[word + 2] & here[word + 2])
+                + ones(members[word + 3] & here[word + 3])
+            )
+        num_rows: Whole = np.uint64(routing.group_rows[group])
+        hits += routing.group_rows[group] * num_here
         num_active += num_here
-        loop_ns += prices.loop[np.uint64(num_rows)] * num_here
-        host_ns += prices.host[np.uint64(num_rows)] * (stop - first - num_here)
-        first = stop
+        loop_ns += prices.loop[num_rows] * num_here
+        host_ns += prices.host[num_rows] * (routing.group_size[group] - num_here)
     return hits, num_active, loop_ns, host_ns
 
 
 @inlined
-def _last_arrival(here: Any, until: Any, ids: Any) -> Whole:
+def _last_arrival(active: Any, here: Any, until: Any, offset: Whole) -> Whole:
     """When the last of the residents that have rows has arrived."""
     needed = 0
-    for pair in range(len(ids)):
-        needed = max(needed, until[ids[pair]] * here[ids[pair]])
+    for word in range(len(here)):
+        needing = active[word] & here[word]
+        while needing:
+            needed = max(needed, until[offset + WORD * word + lowest(needing)])
+            needing &= needing - np.uint64(1)
     return needed
 
 
 @inlined
-def _note_roles(
-    missed_rows: Any, here: Any, until: Any, ids: Any, ends: Any, rows: Any, begin: Whole, now: Whole
-) -> None:
+def _note_roles(routing: Any, clock: Any, here: Any, at: Whole, offset: Whole, now: Whole) -> None:
     """Who was missed, with its rows, and who has run by `now`; before the first move."""
-    first = 0
-    for group in range(len(ends)):
-        stop = ends[group] - begin
-        for pair in range(first, stop):
-            expert = ids[np.uint64(pair)]
-            is_here = np.int64(here[expert])
-            until[expert] += (now - until[expert]) * is_here
-            missed_rows[expert] = rows[group] * (1 - is_here)
-        first = stop
+    for word in range(len(here)):
+        running = routing.active[at, word] & here[word]
+        clock.missed[word] = routing.active[at, word] & ~here[word]
+        while running:
+            clock.until[offset + WORD * word + lowest(running)] = now
+            running &= running - np.uint64(1)
+    for pair in range(routing.first[at], routing.first[at + 1]):
+        clock.missed_rows[routing.experts[pair]] = routing.rows[pair] * is_in(clock.missed, routing.experts[pair])
+
+
+@inlined
+def _forget_roles(clock: Any) -> None:
+    """Nobody is missed any more."""
+    for word in range(len(clock.missed)):
+        missed = clock.missed[word]
+        while missed:
+            clock.missed_rows[WORD * word + lowest(missed)] = 0
+            missed &= missed - np.uint64(1)
 
 
 # --- what takes time ---
@@ -220,7 +244,7 @@ def _wait(clock: Any, layer: Whole, part: Whole, until: Whole, now: Whole) -> Wh
 
 
 @inlined
-def _residents_ns(prices: Any, fixed: Any, hits: Whole, num_active: Whole, loop_ns: Whole) -> tuple[Whole, Whole]:
+def residents_ns(prices: Any, fixed: Any, hits: Whole, num_active: Whole, loop_ns: Whole) -> tuple[Whole, Whole]:
     """Kernels of the resident experts that have rows, and the launch time that they do not hide; see
     `Costs.experts_ns`."""
     kernel_ns, launch_ns = 0, 0
@@ -252,6 +276,13 @@ def _copy(links: Any, link: Whole, ready: Whole, duration_ns: Whole, now: Whole)
         links[link, RING + (newest & (room - 1))] = start
         links[link, NEWEST] = newest + 1
     return start + duration_ns
+
+
+@compiled
+def stop(fixed: Any, clock: Any, now: Whole) -> None:
+    """The run is over."""
+    _clip(clock.links, H2D, fixed.promote, now)
+    _clip(clock.links, D2H, fixed.evict, now)
 
 
 @inlined
@@ -301,7 +332,7 @@ def _fetch(
             now = _wait(clock, layer, COPY_WAIT, arrival, now)
         now = _compute(clock, layer, DEVICE, prices.alone[num_rows, 0], prices.alone[num_rows, 1], now)
         if moves.part[move] == KEEP:
-            _settle(clock, enter, arrival, now)
+            _settle(clock, layer, enter, arrival, now)
         else:
             clock.tally[DROPS] += 1
             clock.scratch_until[enter - offset] = now
@@ -315,7 +346,7 @@ def _evict(clock: Any, fixed: Any, leave: Whole, ready: Whole, now: Whole) -> Wh
     free = ready
     if leave != NOBODY:
         clock.tally[EVICTIONS] += 1
-        clock.resident[leave] = 0
+        take(clock.resident, leave)
         free = max(free, clock.until[leave])
         if fixed.has_write_back:
             free = _copy(clock.links, D2H, free, fixed.evict, now)
@@ -323,28 +354,28 @@ def _evict(clock: Any, fixed: Any, leave: Whole, ready: Whole, now: Whole) -> Wh
 
 
 @inlined
-def _settle(clock: Any, enter: Whole, arrival: Whole, now: Whole) -> None:
+def _settle(clock: Any, layer: Whole, enter: Whole, arrival: Whole, now: Whole) -> None:
     """`enter` has a slot from now on, which may be overwritten when it has arrived and what runs by `now` has run."""
-    layer = enter // len(clock.missed_rows)
     clock.tally[PROMOTIONS] += 1
-    clock.resident[enter] = 1
+    put(clock.resident, enter)
     clock.until[enter] = max(arrival, now)
     clock.layer_until[layer] = max(clock.layer_until[layer], arrival)
 
 
 @inlined
-def _move_now(clock: Any, fixed: Any, waiting: Whole, enter: Whole, leave: Whole, now: Whole) -> Whole:
+def _move_now(clock: Any, fixed: Any, moves: Any, move: Whole, waiting: Whole, now: Whole) -> Whole:
     """One out and one in, while everything else waits; the time is that of the layer that is `waiting`."""
-    done = _evict(clock, fixed, leave, now, now)
-    if enter != NOBODY:
+    done = _evict(clock, fixed, moves.leave[move], now, now)
+    if moves.enter[move] != NOBODY:
         done = _copy(clock.links, H2D, done, fixed.promote, now)
-        _settle(clock, enter, done, now)
+        _settle(clock, moves.layer[move], moves.enter[move], done, now)
     return _wait(clock, waiting, COPY_WAIT, done, now)
 
 
 @inlined
-def _move_later(clock: Any, fixed: Any, enter: Whole, leave: Whole, ready: Whole, now: Whole) -> None:
+def _move_later(clock: Any, fixed: Any, moves: Any, move: Whole, ready: Whole, now: Whole) -> None:
     """One out and one in, by copies in the background that may start at `ready`."""
-    free = _evict(clock, fixed, leave, ready, now)
-    if enter != NOBODY:
-        _settle(clock, enter, _copy(clock.links, H2D, free, fixed.promote, now), now)
+    free = _evict(clock, fixed, moves.leave[move], ready, now)
+    if moves.enter[move] != NOBODY:
+        arrival = _copy(clock.links, H2D, free, fixed.promote, now)
+        _settle(clock, moves.layer[move], moves.enter[move], arrival, now)

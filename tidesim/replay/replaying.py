@@ -7,23 +7,29 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
+import numpy.typing as npt
 
 from tidesim.errors import InputError
 from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
-from tidesim.policies import Policy
+from tidesim.policies import Policy, gain_kernel
+from tidesim.replay.ages import fill_step_costs
+from tidesim.replay.bits import words_of
 from tidesim.replay.clock import BUSY as LINK_BUSY
-from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, new_clock, play
+from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, new_clock, play, stop
 from tidesim.replay.prices import Fixed, Prices, fixed_of, prices_of
-from tidesim.replay.routing import Routing, routing_of
+from tidesim.replay.routing import NO_ROUTING, Routing, routing_of
 from tidesim.replay.rules import ruled
 from tidesim.replay.script import NO_SCRIPT, Decisions, Script, decide
+from tidesim.replay.step_costs import StepCosts
 from tidesim.replay.stretches import Stretch, play_all
 from tidesim.residency import Placement
 from tidesim.result import RunResult
 from tidesim.windows import forget, spans
 from tidesim.workload import Workload
+
+Ints = npt.NDArray[np.int64]
 
 _KEPT_DECISIONS = 16
 _KEPT_SCRIPT_BYTES = 1 << 26  # of one of them; longer ones are decided anew
@@ -31,14 +37,20 @@ _KEPT_ROUTING_BYTES = 1 << 28  # what is beyond is read anew for each run
 
 
 def replay(
-    workload: Workload, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]
+    workload: Workload,
+    model: MoEConfig,
+    hardware: Hardware,
+    policy: Policy,
+    *,
+    spent: Ints | None = None,
+    **settings: Unpack[RunSettings],
 ) -> RunResult:
     """What `simulate` says of the same arguments, to the nanosecond.
 
     For more than one run on a workload, `Replayer` reads its routing once. Raise what `simulate` raises, and InputError
     if device, host and copies slow each other down on `hardware`.
     """
-    return Replayer(workload).run(model, hardware, policy, **settings)
+    return Replayer(workload).run(model, hardware, policy, spent=spent, **settings)
 
 
 class Replayer:
@@ -54,12 +66,21 @@ class Replayer:
         check_counts(workload)
         self.workload = workload
         self._stretches = spans(workload.counts.shape)
+        self._num_steps = int(workload.step.max()) + 1
         self._routings: list[Routing] = []  # of the first stretches
         self._room_bytes = _KEPT_ROUTING_BYTES
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
 
-    def run(self, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]) -> RunResult:
+    def run(
+        self,
+        model: MoEConfig,
+        hardware: Hardware,
+        policy: Policy,
+        *,
+        spent: Ints | None = None,
+        **settings: Unpack[RunSettings],
+    ) -> RunResult:
         """One run; see `replay`."""
         if is_contended(hardware):
             raise InputError(
@@ -67,19 +88,36 @@ class Replayer:
                 "that is for the event simulator: use simulate(), or --engine simpy."
             )
         paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
-        return paper.result(self._timed(paper))
+        noted = np.zeros((0, 0), np.int64) if spent is None else spent
+        return paper.result(self._timed(paper, noted))
 
-    def _timed(self, paper: PaperRun) -> Mapping[str, Any]:
+    def step_costs(
+        self, model: MoEConfig, hardware: Hardware, policy: Policy, **settings: Unpack[RunSettings]
+    ) -> StepCosts:
+        """What each layer takes at each step of a block, by the step of its last refresh; see `ages`.
+
+        The schedule of `policy` does not matter. Raise InputError if it does not refresh, or has no rule to do it by.
+        """
+        paper = PaperRun(workload=self.workload, model=model, hardware=hardware, policy=policy, **settings)
+        decisions = self._decide(paper)
+        if decisions.rule is None or decisions.rule.name not in ("top-counts", "hottest-for-coldest"):
+            raise InputError(f"policy {policy.name!r} has no refresh steps to choose; take 'tide' or 'tide-as-coded'.")
+        every_step = replace(decisions.rule.schedule, refresh_interval=1, refresh_steps=None)
+        decisions = replace(decisions, rule=replace(decisions.rule, schedule=every_step))
+        prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
+        parts = ((self._routing(number), prices.during(span)) for number, span in enumerate(self._stretches))
+        return fill_step_costs(parts, fixed, decisions, self.workload.num_experts, self._num_steps)
+
+    def _timed(self, paper: PaperRun, spent: Ints) -> Mapping[str, Any]:
         """What a `RunResult` counts and times."""
         decisions = self._decide(paper)
-        resident = np.zeros((paper.model.num_layers, paper.model.num_experts), np.bool_)
-        for layer, ids in enumerate(decisions.placement.experts):
-            resident[layer, list(ids)] = True
+        num_experts = paper.model.num_experts
+        resident = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
         prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
         clock, makespan_ns = play_all(
-            self._read(prices, self._scripts(decisions, paper)),
+            self._read(prices, self._scripts(decisions, paper), spent),
             fixed,
-            ruled(decisions, resident.shape[1]),
+            ruled(decisions, num_experts, self._num_steps),
             new_clock(resident, FIRST_ROOM),
         )
         tally: list[int] = clock.tally.tolist()
@@ -97,25 +135,20 @@ class Replayer:
             "busy_ns": {"device": tally[DEVICE_BUSY], "host": tally[HOST_BUSY], "h2d": links[H2D], "d2h": links[D2H]},
         }
 
-    def _read(self, prices: Prices, scripts: Iterator[Script]) -> Iterator[Stretch]:
+    def _read(self, prices: Prices, scripts: Iterator[Script], spent: Ints) -> Iterator[Stretch]:
         """All forwards, stretch by stretch."""
         for number, (script, span) in enumerate(zip(scripts, self._stretches, strict=True)):
-            yield Stretch(self._routing(number), prices.during(span), script)
+            yield Stretch(self._routing(number), prices.during(span), script, spent[span])
 
     def _routing(self, number: int) -> Routing:
         """The routing of one stretch, kept as long as there is room."""
         if number < len(self._routings):
             return self._routings[number]
-        span, workload = self._stretches[number], self.workload
-        columns = {
-            name: getattr(workload, name)[span] for name in ("counts", "kind", "step", "is_first_block", "tokens")
-        }
-        routing = routing_of(replace(workload, **columns))
-        forget(workload.counts)
-        num_bytes = sum(column.nbytes for column in routing)
-        if number == len(self._routings) and num_bytes <= self._room_bytes:
+        routing = routing_of(self.workload, self._stretches[number])
+        forget(self.workload.counts)
+        if number == len(self._routings) and routing.num_bytes <= self._room_bytes:
             self._routings.append(routing)
-            self._room_bytes -= num_bytes
+            self._room_bytes -= routing.num_bytes
         return routing
 
     def _decide(self, paper: PaperRun) -> Decisions:
@@ -175,11 +208,10 @@ def is_compiled() -> bool:
 
 def compile_now() -> None:
     """Compile what replays a run, unless that is on disk: before processes start that would each do it."""
-    ints, few, small = np.zeros(1, np.int64), np.zeros(1, np.int32), np.zeros(1, np.uint16)
-    kinds, firsts = np.zeros(0, np.uint8), np.zeros(0, np.bool_)
-    routing = Routing(ints, ints, small, small, ints, few, kinds, few[:0], firsts, few[:0], ints[:0])
-    pairs = np.zeros((1, 2), np.int64)
-    prices = Prices(pairs, pairs, pairs, pairs, ints, ints, ints, ints, ints, ints)
+    prices = Prices(*np.zeros((4, 1, 2), np.int64), *np.zeros((6, 1), np.int64))
     decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, scripts=None)
     fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
-    play(routing, prices, fixed, NO_SCRIPT, ruled(decisions, 1), new_clock(np.zeros((1, 1), np.bool_), FIRST_ROOM))
+    clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
+    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1, 1), clock, np.zeros((0, 0), np.int64), 0)
+    stop(fixed, clock, 0)
+    gain_kernel.compile_now()

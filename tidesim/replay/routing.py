@@ -1,8 +1,9 @@
 """The routing of a workload as compiled code reads it: only the experts that have rows, sorted by how many.
 
-Most experts of a forward share their number of rows with others, so durations, which depend on that number alone, need
-be looked up once for a group. Letters: F forwards, L MoE layers, E experts, P pairs of a layer of a forward and an
-expert that has rows in it, G groups of such experts with equal rows.
+Most experts of a forward share their number of rows with others, so they are kept as groups of equal rows too, each a
+set of bits: what is asked of a group is then a few operations on words, however many experts it has. Letters:
+F forwards, L MoE layers, E experts, P pairs of a layer of a forward and an expert that has rows in it, G groups of such
+experts with equal rows, W words of a set of experts.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.replay.compiling import compiled
+from tidesim.compiling import compiled
+from tidesim.replay.bits import STRIDE, Words, num_words, put
 from tidesim.workload import Workload
 
 Ints = npt.NDArray[np.int64]
@@ -23,8 +25,9 @@ class Routing(NamedTuple):
     ----------
     first : int64 [F * L + 1], where the experts of each layer of each forward begin, and
     first_group : where its groups do.
-    experts : uint16 [P], most rows first, of equals the lower id. ascending : uint16 [P], the same by ids.
-    group_end : int64 [G], where a group's experts end. group_rows : int32 [G], rows of each of them, falling.
+    experts : uint16 [P], most rows first, of equals the lower id. rows : int32 [P], of each of them.
+    active : uint64 [F * L, W], who has rows.
+    groups : uint64 [G, W], by falling rows. group_rows, group_size : int32 [G], rows of each expert, and experts.
     kind, step, is_first_block, tokens : as in `Workload`, [F].
     num_pairs : int64 [F], routed pairs of each layer.
     """
@@ -32,38 +35,62 @@ class Routing(NamedTuple):
     first: Ints
     first_group: Ints
     experts: npt.NDArray[np.uint16]
-    ascending: npt.NDArray[np.uint16]
-    group_end: Ints
+    rows: npt.NDArray[np.int32]
+    active: Words
+    groups: Words
     group_rows: npt.NDArray[np.int32]
+    group_size: npt.NDArray[np.int32]
     kind: npt.NDArray[np.uint8]
     step: npt.NDArray[np.int32]
     is_first_block: npt.NDArray[np.bool_]
     tokens: npt.NDArray[np.int32]
     num_pairs: Ints
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        return sum(array.nbytes for array in self)
 
-def routing_of(workload: Workload) -> Routing:
-    """The routing of `workload`; reads its counts twice."""
-    counts = np.ascontiguousarray(workload.counts).reshape(-1, workload.num_experts)
-    bucket = np.zeros(int(workload.tokens.max(initial=0)) + 2, np.int64)
+
+def _no_routing() -> Routing:
+    """Of no forward of a layer."""
+    few, ints, words = np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros((0, STRIDE), np.uint64)
+    small, truths = np.zeros(0, np.uint8), np.zeros(0, np.bool_)
+    return Routing(
+        *(ints, ints, few.astype(np.uint16), few, words, words, few, few, small, few, truths, few, ints[:0]),
+    )
+
+
+NO_ROUTING = _no_routing()
+
+
+def routing_of(workload: Workload, part: slice) -> Routing:
+    """The routing of some forwards of `workload`; reads their counts twice."""
+    counts, tokens = (
+        np.ascontiguousarray(workload.counts[part]).reshape(-1, workload.num_experts),
+        workload.tokens[part],
+    )
+    bucket = np.zeros(int(tokens.max(initial=0)) + 2, np.int64)
     first, first_group = np.zeros((2, len(counts) + 1), np.int64)
     _count(counts, bucket, first, first_group)
-    experts, ascending = np.empty((2, first[-1]), np.uint16)
-    group_end, group_rows = np.empty(first_group[-1], np.int64), np.empty(first_group[-1], np.int32)
-    _fill(counts, bucket, first, experts, ascending, group_end, group_rows)
-    return Routing(
+    num_groups, words = first_group[-1], num_words(workload.num_experts)
+    routing = Routing(
         first=first,
         first_group=first_group,
-        experts=experts,
-        ascending=ascending,
-        group_end=group_end,
-        group_rows=group_rows,
-        kind=workload.kind,
-        step=workload.step,
-        is_first_block=workload.is_first_block,
-        tokens=workload.tokens,
-        num_pairs=workload.tokens.astype(np.int64) * workload.top_k,
+        experts=np.empty(first[-1], np.uint16),
+        rows=np.empty(first[-1], np.int32),
+        active=np.zeros((len(counts), words), np.uint64),
+        groups=np.zeros((num_groups, words), np.uint64),
+        group_rows=np.empty(num_groups, np.int32),
+        group_size=np.empty(num_groups, np.int32),
+        kind=workload.kind[part],
+        step=workload.step[part],
+        is_first_block=workload.is_first_block[part],
+        tokens=tokens,
+        num_pairs=tokens.astype(np.int64) * workload.top_k,
     )
+    _fill(counts, bucket, routing)
+    return routing
 
 
 @compiled
@@ -81,28 +108,32 @@ def _count(counts: Any, bucket: Any, first: Any, first_group: Any) -> None:
 
 
 @compiled
-def _fill(counts: Any, bucket: Any, first: Any, experts: Any, ascending: Any, group_end: Any, group_rows: Any) -> None:
+def _fill(counts: Any, bucket: Any, routing: Any) -> None:
     """A counting sort of each row."""
     group = 0
     for row in range(len(counts)):
-        most, at = 0, first[row]
+        most, begin = 0, routing.first[row]
         for expert in range(counts.shape[1]):
-            if counts[row, expert] > 0:
-                most = max(most, counts[row, expert])
-                ascending[at] = expert
-                at += 1
+            most = max(most, counts[row, expert])
         bucket[: most + 1] = 0
-        for number in range(first[row], at):
-            bucket[counts[row, ascending[number]]] += 1
-        end = first[row]
+        for expert in range(counts.shape[1]):
+            bucket[counts[row, expert]] += 1
+        end = begin
         for rows in range(most, 0, -1):
             size = bucket[rows]
             bucket[rows] = end
             if size > 0:
                 end += size
-                group_end[group], group_rows[group] = end, rows
+                routing.group_rows[group], routing.group_size[group] = rows, size
                 group += 1
-        for number in range(first[row], at):
-            rows = counts[row, ascending[number]]
-            experts[bucket[rows]] = ascending[number]
-            bucket[rows] += 1
+        for expert in range(counts.shape[1]):
+            rows = counts[row, expert]
+            if rows > 0:
+                put(routing.active[row], expert)
+                routing.experts[bucket[rows]], routing.rows[bucket[rows]] = expert, rows
+                bucket[rows] += 1
+        pair = begin
+        for at in range(routing.first_group[row], group):
+            for _ in range(routing.group_size[at]):
+                put(routing.groups[at], routing.experts[pair])
+                pair += 1

@@ -1,7 +1,8 @@
 """Rules, compiled: the moves of `policies.rules.Rule`, decided as the policies that state them decide.
 
 A rule writes the moves of one layer of one forward into a buffer of the form of a `Script`. Letters: L MoE layers,
-E experts per layer, S places of a set's table.
+E experts per layer, W words of a set of them, N = 64 * W bits of it, S denoising steps of a block, P places of the
+table of CPython's sets.
 """
 
 from typing import Any, NamedTuple
@@ -9,27 +10,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.compiling import Whole, compiled, inlined
 from tidesim.policies.rules import Rule
-from tidesim.replay.compiling import Whole, compiled, inlined
-from tidesim.replay.script import KEEP, NOBODY, REFRESH, Decisions, Script
-from tidesim.residency import per_layer
+from tidesim.replay.bits import WORD, Words, is_in, lowest, num_bits, put, take
+from tidesim.replay.script import DROP, KEEP, NOBODY, REFRESH, Decisions, Script
 from tidesim.workload import ForwardKind
 
 Ints = npt.NDArray[np.int64]
 
-SCRIPTED, NEVER, TOP_COUNTS, HOTTEST_FOR_COLDEST, LEAST_RECENT = range(5)
+SCRIPTED, NEVER, TOP_COUNTS, HOTTEST_FOR_COLDEST, LEAST_RECENT, MOST_RECENT = range(6)
 _CODES = {
     "never": NEVER,
     "top-counts": TOP_COUNTS,
     "hottest-for-coldest": HOTTEST_FOR_COLDEST,
     "least-recent": LEAST_RECENT,
+    "most-recent": MOST_RECENT,
 }
 _DENOISE = int(ForwardKind.DENOISE)
 
 # How CPython (3.11 to 3.14) looks for a place in a set, Objects/setobject.c.
 _LINEAR_PROBES, _PERTURB_SHIFT, _SMALLEST_TABLE = 9, 5, 8
+_PROBED = (1 << (_LINEAR_PROBES + 1)) - 1
 # A set of so many small integers has a table of 512 places or more, where each lies at its own number.
-_ASCENDING_FROM, _ASCENDING_TABLE = 77, 512
+ASCENDING_FROM, ASCENDING_TABLE = 77, 512
 _NEVER = 2**62
 
 
@@ -38,56 +41,59 @@ class Ruled(NamedTuple):
 
     Parameters
     ----------
-    code : which rule. first_block, interval : see `Rule`; interval is int64 [L].
+    code : which rule. first_block : see `Schedule`. is_due : bool [L, S], its steps in all other blocks.
     budgets, num_resident : int64 [L], slots, and those that are taken.
-    total : int64 [L * E], tokens so far.
+    total : int64 [L, N], tokens so far.
     older, newer : int32 [L, E + 1], the residents by their last use, a ring; place E is between newest and oldest.
-    table : int32 [L, S], residents as a CPython set has them, and -1. mask : int64 [L], its places in use, less one.
-    old : int32 [S], order : int32 [E], buffers.
-    mark : int64 [E], stamps of who was looked at.
+    table : int32 [L, P], residents as a CPython set has them. taken : uint64 [L, P / 64 + 1], which of its places.
+    mask : int64 [L], the places that it makes use of, less one.
+    old, order : int32 [E + 1], buffers.
+    wanted : uint64 [W], a buffer.
     moves : those that were decided last; `first` says nothing.
     """
 
     code: int
     first_block: bool
-    interval: Ints
+    is_due: npt.NDArray[np.bool_]
     budgets: Ints
     num_resident: Ints
     total: Ints
     older: npt.NDArray[np.int32]
     newer: npt.NDArray[np.int32]
     table: npt.NDArray[np.int32]
+    taken: Words
     mask: Ints
     old: npt.NDArray[np.int32]
     order: npt.NDArray[np.int32]
-    mark: Ints
+    wanted: Words
     moves: Script
 
 
-def ruled(decisions: Decisions, num_experts: int) -> Ruled:
-    """The rule of `decisions` at the beginning of a run.
+def ruled(decisions: Decisions, num_experts: int, num_steps: int) -> Ruled:
+    """The rule of `decisions` at the beginning of a run whose blocks have `num_steps` steps at most.
 
     Rules with refreshes begin with no free slot, so that a swap is all that they ever do.
     """
-    rule, L, E = decisions.rule or Rule("never"), len(decisions.budgets), num_experts
-    ring, places = np.zeros((L, E + 1), np.int32), 1
-    while places < 8 * E:
+    rule, L, E, N = decisions.rule or Rule("never"), len(decisions.budgets), num_experts, num_bits(num_experts)
+    ring, places = np.zeros((L, E + 1), np.int32), WORD
+    while places < 8 * E and rule.name == "top-counts":
         places *= 2
     made = Ruled(
         code=SCRIPTED if decisions.rule is None else _CODES[rule.name],
-        first_block=rule.first_block,
-        interval=np.array(per_layer(rule.refresh_interval, L, "refresh_interval"), np.int64),
+        first_block=rule.schedule.first_block,
+        is_due=rule.schedule.table(L, num_steps),
         budgets=np.array(decisions.budgets, np.int64),
         num_resident=np.array([len(ids) for ids in decisions.placement.experts], np.int64),
-        total=np.zeros(L * E, np.int64),
+        total=np.zeros((L, N), np.int64),
         older=ring,
         newer=ring.copy(),
-        table=np.full((L, places if rule.name == "top-counts" else 1), NOBODY, np.int32),
+        table=np.zeros((L, places), np.int32),
+        taken=np.zeros((L, places // WORD + 1), np.uint64),
         mask=np.full(L, _SMALLEST_TABLE - 1, np.int64),
-        old=np.zeros(places, np.int32),
-        order=np.zeros(E, np.int32),
-        mark=np.zeros(E, np.int64),
-        moves=Script(np.zeros(1, np.int64), np.zeros(E, np.uint8), *np.zeros((2, E), np.int32)),
+        old=np.zeros(E + 1, np.int32),
+        order=np.zeros(E + 1, np.int32),
+        wanted=np.zeros(N // WORD, np.uint64),
+        moves=Script(np.zeros(1, np.int64), np.zeros(E + 1, np.uint8), *np.zeros((3, E + 1), np.int32)),
     )
     for layer, ids in enumerate(decisions.placement.experts):
         _begin(made, layer, np.array(ids, np.int32))
@@ -96,7 +102,10 @@ def ruled(decisions: Decisions, num_experts: int) -> Ruled:
 
 @compiled
 def _begin(ruled: Any, layer: Whole, residents: Any) -> None:
-    """The first residents, ascending: none was used yet, and a set of them was filled in that order."""
+    """The first residents, ascending: none was used yet, and a set of them was filled in that order.
+
+    By `caches.lru` the lower id is the more recent one of those.
+    """
     older, newer = ruled.older, ruled.newer
     E = older.shape[1] - 1
     older[layer, E] = newer[layer, E] = E
@@ -104,89 +113,129 @@ def _begin(ruled: Any, layer: Whole, residents: Any) -> None:
         older[layer, expert] = newer[layer, expert] = expert
         if ruled.code == LEAST_RECENT:
             _use(older[layer], newer[layer], expert)
+    if ruled.code == MOST_RECENT:
+        for expert in residents[::-1]:
+            _use(older[layer], newer[layer], expert)
     if ruled.code == TOP_COUNTS:
-        ruled.mask[layer] = build_set(ruled.table[layer], residents, len(residents), ruled.old)
+        ruled.mask[layer] = build_set(ruled.table[layer], ruled.taken[layer], residents, len(residents), ruled.old)
 
 
 @inlined
-def observe(ruled: Any, routing: Any, here: Any, ids: Any, ends: Any, rows: Any, at: Whole, layer: Whole) -> None:
-    """The router of `layer` is done. `here` [E] are its residents, `ids` who has rows, in groups that end at `ends`
-    with `rows` each; `at` is the layer's place among all of the run."""
-    E = len(here)
+def observe(ruled: Any, routing: Any, here: Any, at: Whole, layer: Whole) -> None:
+    """The router of `layer` is done. `here` [W] are its residents; `at` is the layer's place in `routing`."""
     if ruled.code == HOTTEST_FOR_COLDEST:
-        _add(ruled.total[layer * E : layer * E + E], ids, ends, rows, routing.first[at])
+        _add(ruled.total[layer], routing, at)
     elif ruled.code == LEAST_RECENT:
-        _use_residents(
-            ruled.older[layer], ruled.newer[layer], here, routing.ascending[routing.first[at] : routing.first[at + 1]]
-        )
+        _use_residents(ruled.older[layer], ruled.newer[layer], here, routing.active[at])
 
 
 @inlined
-def refresh(ruled: Any, routing: Any, here: Any, ids: Any, forward: Whole, at: Whole, layer: Whole) -> Whole:
-    """The moves of a refresh, if one is due, in the buffer; returns how many there are. `ids` are sorted by rows."""
-    num_moves, E = 0, len(here)
+def refresh(ruled: Any, routing: Any, here: Any, forward: Whole, at: Whole, layer: Whole) -> Whole:
+    """The moves of a refresh, if one is due, in the buffer; returns how many there are."""
+    num_moves = 0
     if ruled.code in (HOTTEST_FOR_COLDEST, TOP_COUNTS) and routing.kind[forward] == _DENOISE:
         is_always = ruled.first_block and routing.is_first_block[forward]
-        if is_always or routing.step[forward] % ruled.interval[layer] == 0:
-            # Where a layer of a forward stands is as good a stamp as any.
+        if is_always or ruled.is_due[layer, routing.step[forward]]:
             if ruled.code == HOTTEST_FOR_COLDEST:
-                total = ruled.total[layer * E : layer * E + E]
-                num_moves = _hottest_for_coldest(total, here, ruled.mark, at + 1, ruled.moves, layer * E)
+                num_moves = _hottest_for_coldest(ruled.total[layer], here, ruled.wanted, ruled.moves, layer)
             else:
-                num_moves = _top_counts(ruled, ids, here, at + 1, layer)
+                num_moves = _top_counts(ruled, routing.experts[routing.first[at] : routing.first[at + 1]], here, layer)
     return num_moves
 
 
 @inlined
-def serve(ruled: Any, routing: Any, here: Any, begin: Whole, end: Whole, layer: Whole) -> Whole:
-    """Whom to fetch of the misses among the pairs begin:end, in the buffer; returns how many there are."""
+def serve(ruled: Any, routing: Any, here: Any, at: Whole, layer: Whole) -> Whole:
+    """Whom to fetch of the misses, in the buffer; returns how many there are."""
     num_moves = 0
     if ruled.code == LEAST_RECENT:
-        num_moves = _fetch_all(ruled, routing.ascending[begin:end], here, ruled.older[layer], ruled.newer[layer], layer)
+        num_moves = _fetch_all(ruled, routing.active[at], here, ruled.older[layer], ruled.newer[layer], layer)
+    elif ruled.code == MOST_RECENT:
+        num_active = routing.first[at + 1] - routing.first[at]
+        num_moves = _keep_recent(ruled, routing.active[at], num_active, here, layer)
     return num_moves
 
 
 @inlined
-def _add(total: Any, ids: Any, ends: Any, rows: Any, begin: Whole) -> None:
+def _add(total: Any, routing: Any, at: Whole) -> None:
     """Count the rows of each expert."""
-    first = 0
-    for group in range(len(ends)):
-        stop = ends[group] - begin
-        for pair in range(first, stop):
-            total[ids[np.uint64(pair)]] += rows[group]
-        first = stop
+    for pair in range(routing.first[at], routing.first[at + 1]):
+        total[np.uint64(routing.experts[np.uint64(pair)])] += routing.rows[np.uint64(pair)]
 
 
 # --- by last use ---
 
 
 @compiled
-def _fetch_all(ruled: Any, ascending: Any, here: Any, older: Any, newer: Any, layer: Whole) -> Whole:
+def _fetch_all(ruled: Any, active: Any, here: Any, older: Any, newer: Any, layer: Whole) -> Whole:
     """All misses of `layer` are fetched and kept, in the buffer; returns how many moves there are."""
-    moves, E, num_moves = ruled.moves, len(here), 0
-    for pair in range(len(ascending)):
-        expert = np.int64(ascending[pair])
-        if here[ascending[pair]]:
-            continue
-        moves.part[num_moves], moves.enter[num_moves], moves.leave[num_moves] = KEEP, layer * E + expert, NOBODY
-        if ruled.num_resident[layer] < ruled.budgets[layer]:
-            ruled.num_resident[layer] += 1
-        else:
-            oldest = newer[E]
-            moves.leave[num_moves] = layer * E + oldest
-            _leave_ring(older, newer, oldest)
-        older[expert] = newer[expert] = expert
-        _use(older, newer, expert)
-        num_moves += 1
+    moves, E, num_moves, offset = ruled.moves, len(older) - 1, 0, layer * len(here) * WORD
+    for word in range(len(here)):
+        missed = active[word] & ~here[word]
+        while missed:
+            expert = WORD * word + lowest(missed)
+            missed &= missed - np.uint64(1)
+            moves.part[num_moves], moves.layer[num_moves] = KEEP, layer
+            moves.enter[num_moves], moves.leave[num_moves] = offset + expert, NOBODY
+            if ruled.num_resident[layer] < ruled.budgets[layer]:
+                ruled.num_resident[layer] += 1
+            else:
+                oldest = newer[E]
+                moves.leave[num_moves] = offset + oldest
+                _leave_ring(older, newer, oldest)
+            older[expert] = newer[expert] = expert
+            _use(older, newer, expert)
+            num_moves += 1
     return num_moves
 
 
+@compiled
+def _keep_recent(ruled: Any, active: Any, num_active: Whole, here: Any, layer: Whole) -> Whole:
+    """All misses of `layer` are fetched, and those among the most recent stay; returns how many moves there are.
+
+    The ring has the residents. It takes in whoever stays in the order of use, and then its oldest members go. Who does
+    not stay is dropped.
+    """
+    moves, older, newer, offset = ruled.moves, ruled.older[layer], ruled.newer[layer], layer * len(here) * WORD
+    E, num_kept, num_seen, num_dropped = len(older) - 1, 0, 0, 0
+    num_forgotten = max(0, num_active - ruled.budgets[layer])
+    for word in range(len(here)):
+        used = active[word]
+        while used:
+            expert = WORD * word + lowest(used)
+            used &= used - np.uint64(1)
+            is_here = is_in(here, expert)
+            if num_seen >= num_forgotten:
+                if not is_here:
+                    moves.part[num_kept], moves.layer[num_kept], moves.enter[num_kept] = KEEP, layer, offset + expert
+                    older[expert] = newer[expert] = expert
+                    num_kept += 1
+                _use(older, newer, expert)
+            elif is_here:
+                _use(older, newer, expert)
+            else:
+                # Those that are dropped come after those that stay, and are put aside until then.
+                ruled.order[num_dropped] = expert
+                num_dropped += 1
+            num_seen += 1
+    for move in range(num_kept):
+        oldest = newer[E]
+        moves.leave[move] = offset + oldest
+        _leave_ring(older, newer, oldest)
+    for number in range(num_dropped):
+        move = num_kept + number
+        moves.part[move], moves.layer[move] = DROP, layer
+        moves.enter[move], moves.leave[move] = offset + ruled.order[number], NOBODY
+    return num_kept + num_dropped
+
+
 @inlined
-def _use_residents(older: Any, newer: Any, here: Any, ascending: Any) -> None:
+def _use_residents(older: Any, newer: Any, here: Any, active: Any) -> None:
     """The residents that have rows are used, in ascending ids."""
-    for pair in range(len(ascending)):
-        if here[ascending[pair]]:
-            _use(older, newer, np.int64(ascending[pair]))
+    for word in range(len(here)):
+        used = active[word] & here[word]
+        while used:
+            _use(older, newer, WORD * word + lowest(used))
+            used &= used - np.uint64(1)
 
 
 @inlined
@@ -210,33 +259,44 @@ def _use(older: Any, newer: Any, expert: Whole) -> None:
 
 
 @compiled
-def _hottest_for_coldest(total: Any, here: Any, mark: Any, stamp: Whole, moves: Any, offset: Whole) -> Whole:
-    """Swaps as long as the absent expert has strictly more tokens; of equals the lower id goes first. Moves go to the
-    buffer; returns how many there are."""
-    E, num_moves = len(mark), 0
+def _hottest_for_coldest(total: Any, here: Any, then: Any, moves: Any, layer: Whole) -> Whole:
+    """Swaps as long as the absent expert has strictly more tokens; of equals the lower id goes first. `then` [W] is a
+    buffer. Moves go to the buffer; returns how many there are."""
+    num_moves, offset = 0, layer * len(total)
+    for word in range(len(here)):
+        then[word] = here[word]
     while True:
-        # Without a branch, so that the compiler makes vectors of it.
-        most, least = np.int64(-1), np.int64(_NEVER)
-        for expert in range(E):
-            tokens, is_here, is_out = total[expert], here[expert] != 0, mark[expert] == stamp
-            most = max(most, np.int64(-1) if is_here | is_out else tokens)
-            least = min(least, np.int64(_NEVER) if is_here == is_out else tokens if is_here else np.int64(_NEVER))
+        most, least = _extremes(total, then)
+        # Who has moved is no candidate any more: it has more than the residents' least, or less than the others' most.
         if most <= least:
             return num_moves
-        hottest = _first(total, here, mark, stamp, most, 0)
-        coldest = _first(total, here, mark, stamp, least, 1)
-        mark[coldest] = mark[hottest] = stamp
-        moves.part[num_moves] = REFRESH
+        hottest, coldest = _first(total, then, most, 0), _first(total, then, least, 1)
+        put(then, hottest)
+        take(then, coldest)
+        moves.part[num_moves], moves.layer[num_moves] = REFRESH, layer
         moves.enter[num_moves], moves.leave[num_moves] = offset + hottest, offset + coldest
         num_moves += 1
 
 
 @inlined
-def _first(total: Any, here: Any, mark: Any, stamp: Whole, tokens: Whole, is_resident: Whole) -> Whole:
-    """The lowest id that has so many tokens, is on the device or is not, and carries no mark; there is one."""
+def _extremes(total: Any, here: Any) -> tuple[Whole, Whole]:
+    """Most tokens of an absent expert, and fewest of a resident one. Places behind the last expert count as absent."""
+    most, least = np.int64(-1), np.int64(_NEVER)
+    for word in range(len(here)):
+        # Without a branch, so that the compiler makes vectors of it.
+        for bit in range(WORD):
+            tokens, is_here = total[WORD * word + bit], (here[word] >> np.uint64(bit)) & np.uint64(1) != 0
+            most = max(most, np.int64(-1) if is_here else tokens)
+            least = min(least, tokens if is_here else np.int64(_NEVER))
+    return most, least
+
+
+@inlined
+def _first(total: Any, here: Any, tokens: Whole, is_resident: Whole) -> Whole:
+    """The lowest id that has so many tokens and is on the device or is not; there is one."""
     expert = 0
-    # Hardly anybody has just so many tokens, so the other two are looked at last.
-    while total[expert] != tokens or here[expert] != is_resident or mark[expert] == stamp:
+    # Hardly anybody has just so many tokens, so the other is looked at last.
+    while total[np.uint64(expert)] != tokens or is_in(here, expert) != is_resident:
         expert += 1
     return expert
 
@@ -245,91 +305,129 @@ def _first(total: Any, here: Any, mark: Any, stamp: Whole, tokens: Whole, is_res
 
 
 @compiled
-def _top_counts(ruled: Any, ids: Any, here: Any, stamp: Whole, layer: Whole) -> Whole:
+def _top_counts(ruled: Any, ids: Any, here: Any, layer: Whole) -> Whole:
     """The first of `ids`, sorted by rows, come in; out goes who comes first in a set of the residents. Moves go to the
     buffer; returns how many there are."""
-    moves, mark, order, E, num_moves = ruled.moves, ruled.mark, ruled.order, len(here), 0
-    budget, table, offset = ruled.budgets[layer], ruled.table[layer], layer * E
+    moves, wanted, order, E, num_moves = ruled.moves, ruled.wanted, ruled.order, len(ruled.order) - 1, 0
+    budget, offset = ruled.budgets[layer], layer * len(here) * WORD
     num_wanted = min(budget, len(ids))
+    wanted[:] = 0
     for number in range(num_wanted):
         expert = ids[number]
-        order[number], mark[expert] = expert, stamp
-        if not here[expert]:
-            moves.part[num_moves], moves.enter[num_moves] = REFRESH, offset + expert
-            num_moves += 1
-    if budget >= _ASCENDING_FROM and E <= _ASCENDING_TABLE:
-        _leave_ascending(here, mark, stamp, offset, num_moves, moves.leave)
+        order[number] = expert
+        put(wanted, expert)
+        # Written in any case, and kept if it comes in: whether it does is hard to foresee for a processor.
+        moves.part[num_moves], moves.layer[num_moves], moves.enter[num_moves] = REFRESH, layer, offset + expert
+        num_moves += 1 - is_in(here, expert)
+    if budget >= ASCENDING_FROM and E <= ASCENDING_TABLE:
+        _leave_ascending(here, wanted, offset, num_moves, moves.leave)
         return num_moves
-    places = table[: ruled.mask[layer] + 1]
-    num_members = _leave_in_set_order(places, mark, stamp, offset, num_moves, moves.leave, order, num_wanted)
-    ruled.mask[layer] = build_set(table, order, num_members, ruled.old)
+    table, taken = ruled.table[layer], ruled.taken[layer]
+    num_members = list_set(table, taken, ruled.mask[layer], ruled.old)
+    num_members = _leave_in_order(ruled.old, num_members, wanted, offset, num_moves, moves.leave, order, num_wanted)
+    ruled.mask[layer] = build_set(table, taken, order, num_members, ruled.old)
     return num_moves
 
 
 @inlined
-def _leave_ascending(here: Any, mark: Any, stamp: Whole, offset: Whole, num_moves: Whole, leave: Any) -> None:
-    """The first `num_moves` residents, ascending, that carry no mark leave."""
-    num_left, expert = 0, 0
+def _leave_ascending(here: Any, wanted: Any, offset: Whole, num_moves: Whole, leave: Any) -> None:
+    """The first `num_moves` residents, ascending, that are not wanted leave."""
+    num_left, word = 0, 0
     while num_left < num_moves:
-        if here[expert] and mark[expert] != stamp:
-            leave[num_left] = offset + expert
+        idle = here[word] & ~wanted[word]
+        while idle and num_left < num_moves:
+            leave[num_left] = offset + WORD * word + lowest(idle)
+            idle &= idle - np.uint64(1)
             num_left += 1
-        expert += 1
+        word += 1
 
 
 @inlined
-def _leave_in_set_order(
-    table: Any, mark: Any, stamp: Whole, offset: Whole, num_moves: Whole, leave: Any, members: Any, num_members: Whole
+def _leave_in_order(
+    residents: Any,
+    num_residents: Whole,
+    wanted: Any,
+    offset: Whole,
+    num_moves: Whole,
+    leave: Any,
+    members: Any,
+    num_members: Whole,
 ) -> Whole:
-    """The first `num_moves` of a set that carry no mark leave; the others without one stay, and are put down behind the
-    first `num_members` of `members`. Returns how many those are then."""
+    """The first `num_moves` of `residents` that are not wanted leave; the others that are not stay, and are put down
+    behind the first `num_members` of `members`. Returns how many those are then."""
     num_left, last = 0, num_members
-    for place in range(len(table)):
-        expert = table[place]
-        if expert == NOBODY or mark[expert] == stamp:
-            continue
-        if num_left < num_moves:
-            leave[num_left] = offset + expert
-            num_left += 1
-        else:
-            members[last] = expert
-            last += 1
+    for number in range(num_residents):
+        expert = residents[number]
+        is_idle = 1 - is_in(wanted, expert)
+        is_leaving = is_idle & (num_left < num_moves)
+        # Written in any case, and kept if so it is, as above.
+        leave[num_left], members[last] = offset + expert, expert
+        num_left += is_leaving
+        last += is_idle - is_leaving
     return last
 
 
 @compiled
-def build_set(table: Any, members: Any, num_members: Whole, old: Any) -> Whole:
+def build_set(table: Any, taken: Any, members: Any, num_members: Whole, old: Any) -> Whole:
     """Fill `table` as CPython fills the table of a set with `members`, one after another; returns its mask.
 
-    `old` is a buffer of the same length.
+    `old` is a buffer for all members.
     """
     mask = _SMALLEST_TABLE - 1
-    table[:_SMALLEST_TABLE] = NOBODY
+    _clear(taken, mask)
     for number in range(num_members):
-        _put(table, mask, members[number])
+        _place(table, taken, mask, members[number])
         if (number + 1) * 5 >= mask * 3:
             num_places = _SMALLEST_TABLE
             while num_places <= (number + 1) * 4:
                 num_places *= 2
-            for place in range(mask + 1):
-                old[place] = table[place]
-            table[:num_places] = NOBODY
-            for place in range(mask + 1):
-                if old[place] != NOBODY:
-                    _put(table, num_places - 1, old[place])
+            list_set(table, taken, mask, old)
             mask = num_places - 1
+            _clear(taken, mask)
+            for again in range(number + 1):
+                _place(table, taken, mask, old[again])
     return mask
 
 
+@compiled
+def list_set(table: Any, taken: Any, mask: Whole, members: Any) -> Whole:
+    """Write down the members of a set in its order; returns how many they are."""
+    num_members = 0
+    for word in range(mask // WORD + 1):
+        places = taken[word]
+        while places:
+            members[num_members] = table[WORD * word + lowest(places)]
+            places &= places - np.uint64(1)
+            num_members += 1
+    return num_members
+
+
 @inlined
-def _put(table: Any, mask: Whole, member: Whole) -> None:
+def _clear(taken: Any, mask: Whole) -> None:
+    """No place of a table is taken."""
+    for word in range(mask // WORD + 1):
+        taken[word] = 0
+
+
+@inlined
+def _place(table: Any, taken: Any, mask: Whole, member: Whole) -> None:
     """Put `member`, which is its own hash, where CPython does."""
-    perturb, place = member, member & mask
-    while True:
-        num_probes = _LINEAR_PROBES if place + _LINEAR_PROBES <= mask else 0
-        for probe in range(num_probes + 1):
-            if table[place + probe] == NOBODY:
-                table[place + probe] = member
-                return
+    perturb = np.int64(member)
+    place = perturb & mask
+    free = _free(taken, place, mask)
+    while free == np.uint64(0):
         perturb >>= _PERTURB_SHIFT
         place = (place * 5 + 1 + perturb) & mask
+        free = _free(taken, place, mask)
+    found = place + lowest(free)
+    table[found] = member
+    put(taken, found)
+
+
+@inlined
+def _free(taken: Any, place: Whole, mask: Whole) -> Whole:
+    """Which of the places from `place` on that are looked at one after another are free; the lowest bit is `place`."""
+    word, bit = place // WORD, np.uint64(place % WORD)
+    # Those of the next word included; a shift by 64 would be none.
+    ahead = (taken[word] >> bit) | ((taken[word + 1] << (np.uint64(63) - bit)) << np.uint64(1))
+    return ~ahead & np.uint64(_PROBED if place + _LINEAR_PROBES <= mask else 1)

@@ -7,35 +7,36 @@ goes by the routing alone, on every machine at all.
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tidesim.policies import ForwardInfo, Policy, Shape, forwards_of
-from tidesim.policies.interface import Counts
+from tidesim.policies.interface import AHEAD, DROP, KEEP, NOBODY, REFRESH, Counts, Mask, Written
 from tidesim.policies.rules import Rule
+from tidesim.replay.bits import num_bits
 from tidesim.residency import Moves, Placement, Residency, Swap
 from tidesim.windows import forget
 from tidesim.workload import Workload
 
-# What a move is part of. They come in this order within a layer of a forward, but that of a refresh may be last.
-REFRESH, KEEP, DROP, AHEAD = range(4)
-NOBODY = -1
+__all__ = ["AHEAD", "DROP", "KEEP", "NOBODY", "NO_SCRIPT", "REFRESH", "Decisions", "Script", "decide"]
 
 
 class Script(NamedTuple):
-    """Moves as compiled code reads them; experts are named through all layers, l * E + e, and -1 is nobody.
+    """Moves as compiled code reads them; experts are named as in `clock`, and -1 is nobody.
 
     Parameters
     ----------
     first : int64 [F * L + 1], where the moves of each layer of each forward begin.
     part : uint8, `REFRESH`, `KEEP`, `DROP` or `AHEAD`.
-    enter, leave : int32, who comes in, and who goes out for it.
+    layer : int32, where who comes in belongs. enter, leave : int32, who that is, and who goes out for it.
     """
 
     first: npt.NDArray[np.int64]
     part: npt.NDArray[np.uint8]
+    layer: npt.NDArray[np.int32]
     enter: npt.NDArray[np.int32]
     leave: npt.NDArray[np.int32]
 
@@ -57,7 +58,7 @@ class Decisions:
     scripts: Iterable[Script] | None
 
 
-NO_SCRIPT = Script(np.zeros(1, np.int64), np.empty(0, np.uint8), np.empty(0, np.int32), np.empty(0, np.int32))
+NO_SCRIPT = Script(np.zeros(1, np.int64), np.empty(0, np.uint8), *np.empty((3, 0), np.int32))
 
 
 def decide(
@@ -73,7 +74,8 @@ def decide(
     scripts = None
     if policy.rule is None:
         residency = Residency(shape.num_experts, shape.budgets, placement, is_pooled=policy.scope == "network")
-        scripts = _Writer(residency, scratch).write(workload, policy, stretches, is_background)
+        written = _written(workload, policy, stretches, residency.everybody.copy())
+        scripts = written or _Writer(residency, scratch).write(workload, policy, stretches, is_background)
     return Decisions(
         placement=placement,
         budgets=shape.budgets,
@@ -83,12 +85,31 @@ def decide(
     )
 
 
+def _written(
+    workload: Workload, policy: Policy, stretches: Sequence[slice], is_resident: Mask
+) -> Iterator[Script] | None:
+    """What a policy writes itself, if it does."""
+    first = policy.write(workload, stretches[0], is_resident)
+    if first is None:
+        return None
+    later = (policy.write(workload, stretch, is_resident) for stretch in stretches[1:])
+    return (_script_of(written, workload.num_experts) for written in chain([first], later) if written is not None)
+
+
+def _script_of(written: Written, num_experts: int) -> Script:
+    """The same with experts named through all layers."""
+    part, layer, *names = written.moves.T
+    home = layer * num_bits(num_experts)
+    enter, leave = (np.where(name == NOBODY, NOBODY, home + name).astype(np.int32) for name in names)
+    return Script(written.first, part.astype(np.uint8), layer.copy(), enter, leave)
+
+
 class _Writer:
     """Asks a policy for every layer of every forward, in the order in which a simulator asks."""
 
     def __init__(self, residency: Residency, scratch: int) -> None:
         self._residency, self._scratch = residency, scratch
-        self._moves = array("i")  # part, enter and leave of one move after another: there may be millions
+        self._moves = array("i")  # part, layer, enter and leave of one move after another: there may be millions
 
     def write(
         self, workload: Workload, policy: Policy, stretches: Sequence[slice], is_background: bool
@@ -101,10 +122,10 @@ class _Writer:
                 # Counts that are mapped from a file are narrower, and a policy may take them from each other.
                 for layer, counts in enumerate(workload.counts[forward.index].astype(np.int32, copy=False)):
                     self._ask(policy, forward, layer, counts, is_background)
-                    first.append(len(self._moves) // 3)
+                    first.append(len(self._moves) // 4)
             forget(workload.counts)
-            rows = np.frombuffer(self._moves, np.int32).reshape(-1, 3)
-            yield Script(np.array(first), rows[:, 0].astype(np.uint8), rows[:, 1].copy(), rows[:, 2].copy())
+            part, *columns = np.frombuffer(self._moves, np.int32).reshape(-1, 4).T
+            yield Script(np.array(first), part.astype(np.uint8), *map(np.ascontiguousarray, columns))
 
     def _ask(self, policy: Policy, forward: ForwardInfo, layer: int, counts: Counts, is_background: bool) -> None:
         """All that a policy decides around one layer of a forward."""
@@ -126,10 +147,10 @@ class _Writer:
         self._write(REFRESH, layer, self._residency.apply(layer, moves))
 
     def _write(self, part: int, layer: int, swaps: Sequence[Swap]) -> None:
-        E = self._residency.num_experts
+        N = num_bits(self._residency.num_experts)
         for enter, leave in swaps:
             out = NOBODY
             if leave is not None:
                 home, victim = self._residency.victim(layer, leave)
-                out = home * E + victim
-            self._moves.extend((part, NOBODY if enter is None else layer * E + enter, out))
+                out = home * N + victim
+            self._moves.extend((part, layer, NOBODY if enter is None else layer * N + enter, out))

@@ -1,8 +1,4 @@
-"""A run played stretch by stretch, so that the routing and the moves of one stretch at a time are in memory.
-
-Compiled code plays a stretch as if the run began with it. So between two of them everything that the clock knows of
-the past and of the future is moved by what the stretch took. All times are whole numbers, so nothing is lost by that.
-"""
+"""A run played stretch by stretch, so that the routing and the moves of one stretch at a time are in memory."""
 
 from collections.abc import Iterable
 from copy import deepcopy
@@ -11,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.replay.clock import BUSY, D2H, FREE, H2D, IS_FULL, NEWEST, OLDEST, RING, Clock, play
+from tidesim.replay.clock import D2H, H2D, IS_FULL, NEWEST, OLDEST, RING, Clock, play, stop
 from tidesim.replay.prices import Fixed, Prices
 from tidesim.replay.routing import Routing
 from tidesim.replay.rules import Ruled
@@ -21,43 +17,29 @@ _MORE = 16  # times as much room for copies under way, where there was too littl
 
 
 class Stretch(NamedTuple):
-    """Some forwards of a run, one after another, with what they take and the moves in them."""
+    """Some forwards of a run, one after another: what they take, the moves in them, and where their times go."""
 
     routing: Routing
     prices: Prices
     script: Script
+    spent: npt.NDArray[np.int64]
 
 
 def play_all(stretches: Iterable[Stretch], fixed: Fixed, ruled: Ruled, clock: Clock) -> tuple[Clock, int]:
     """Play one stretch after another; what is found out, and the makespan."""
-    makespan_ns = passed_ns = 0
+    now_ns = 0
     for stretch in stretches:
-        clock = _moved_on(clock, fixed, passed_ns)
-        # Stamps are numbers of layers of forwards, which begin anew.
-        ruled.mark[:] = 0
         while True:
+            # As it was before, in case that there is too little room.
             after, ruled_after = deepcopy(clock), deepcopy(ruled)
-            passed_ns = int(play(stretch.routing, stretch.prices, fixed, stretch.script, ruled_after, after))
+            routing, prices, script, spent = stretch
+            then_ns = int(play(routing, prices, fixed, script, ruled_after, after, spent, now_ns))
             if not after.links[:, IS_FULL].any():
                 break
             clock = _with_more_room(clock)
-        clock, ruled = after, ruled_after
-        makespan_ns += passed_ns
-    return clock, makespan_ns
-
-
-def _moved_on(clock: Clock, fixed: Fixed, passed_ns: int) -> Clock:
-    """The clock of a stretch that took so long, as the next stretch finds it."""
-    moved = deepcopy(clock)
-    for link, duration_ns in ((H2D, fixed.promote), (D2H, fixed.evict)):
-        # The links were not busy with what lies behind the end, as if that were the end of the run.
-        begins = moved.links[link, RING + _under_way(moved, link)]
-        moved.links[link, BUSY] += np.maximum(0, begins + duration_ns - np.maximum(begins, passed_ns)).sum()
-    moved.links[:, FREE] -= passed_ns
-    moved.links[:, RING:] -= passed_ns
-    for times in (moved.until, moved.layer_until, moved.scratch_until):
-        times -= passed_ns
-    return moved
+        clock, ruled, now_ns = after, ruled_after, then_ns
+    stop(fixed, clock, now_ns)
+    return clock, now_ns
 
 
 def _with_more_room(clock: Clock) -> Clock:

@@ -19,7 +19,8 @@ Time, layer by layer
    resident experts, and each expert runs alone once it has arrived (`copy_wait` until then). A copy into the slot of an
    expert that this forward still needs waits until that one has run: for a resident one until all residents have.
    Experts that are dropped after use come into scratch memory: a place there is free again once its expert has run.
-   Who was fetched without having rows is not waited for.
+   Who was fetched without having rows is not waited for. Engines that run together what is copied together
+   (`Execution.fetched`) differ in that an expert's launches hide behind its copy.
 6. Moves in other layers (`Policy.ahead`). Background: their copies queue up behind those of the fetched experts, when
    the router is done. Blocking: they are done after the layer's experts, while nothing else runs.
 7. Background copies: the policy is asked for the refresh after the layer's experts are done. Its moves count from the
@@ -40,6 +41,7 @@ So residency, hits, misses and moves never depend on the clock, and no result de
 same instant.
 """
 
+from tidesim.simulator.recording import END, LAUNCH, Task
 from tidesim.simulator.run import simulate
 
-__all__ = ["simulate"]
+__all__ = ["END", "LAUNCH", "Task", "simulate"]

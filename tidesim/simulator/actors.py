@@ -32,6 +32,7 @@ class Run:
         shape: Shape,
         decisions: Callable[[Decision], None] | None,
         timeline: list[Interval] | None,
+        spent: Ints | None,
     ) -> None:
         self.workload, self.costs, self.policy = workload, costs, policy
         self.is_background = costs.execution.copies == "background"
@@ -49,6 +50,7 @@ class Run:
         # By layer: promoted experts on their way, each with the event of its arrival.
         self.in_flight: list[dict[int, simpy.Event]] = [{} for _ in shape.budgets]
 
+        self.spent = np.zeros((workload.num_forwards, workload.num_layers + 1), np.int64) if spent is None else spent
         self.books = Books(self.env, shape.num_layers, decisions, timeline)
 
     def play(self) -> None:
@@ -73,12 +75,15 @@ class Run:
             index = forward.index
             # Mapped counts are narrower, and policies calculate with them.
             counts = workload.counts[index].astype(np.int32, copy=False)
-            routed = Routed(counts, forward.tokens, costs)
+            routed, begun_ns = Routed(counts, forward.tokens, costs), self.env.now
             yield from self.compute("entry", "dense", entry_ns[index], index, None)
             for layer in range(workload.num_layers):
+                entered_ns = self.env.now
                 yield from self.compute("dense", "dense", dense_ns[index], index, layer)
                 yield from self.run_layer(forward, layer, routed)
+                self.spent[index, layer] = self.env.now - entered_ns
             yield from self.compute("head", "dense", head_ns[index], index, None)
+            self.spent[index, -1] = self.env.now - begun_ns - self.spent[index, :-1].sum()
 
     def run_layer(self, forward: ForwardInfo, layer: int, routed: Routed) -> Story:
         """The routed experts of one layer, and all that the policy decides around them."""
@@ -144,12 +149,12 @@ class Run:
         for arrival in arrivals:
             yield from self.wait_for(arrival, "copy_wait", layer)
         yield from self.compute("experts", "device", (work.kernel_ns, work.launch_ns), forward.index, layer)
-        residents_done.succeed()
+        self.tell(residents_done)
         for expert, arrival in zip(ran, coming, strict=True):
             if expert in missed:
                 yield from self.wait_for(arrival, "copy_wait", layer)
                 yield from self.run_fetched(forward, layer, routed, expert)
-            ran[expert].succeed()
+            self.tell(ran[expert])
         yield from self.join_host(forward, layer, work, result)
         return ahead
 
@@ -195,8 +200,12 @@ class Run:
         self.books.spend(layer, part, start_ns)
         start_ns = self.books.now_ns
         if launch_ns:
-            yield self.env.timeout(launch_ns)
+            yield self.launch(launch_ns, forward, layer)
         self.books.spend(layer, "launch", start_ns)
+
+    def launch(self, launch_ns: int, forward: int, layer: int | None) -> simpy.Event:
+        """Launching kernels, as far as it outlasts them: nothing but the main process is busy with it."""
+        return self.env.timeout(launch_ns)
 
     def run_fetched(self, forward: ForwardInfo, layer: int, routed: Routed, expert: int) -> Story:
         """An expert that was fetched runs alone."""
@@ -207,6 +216,10 @@ class Run:
         start_ns = self.books.now_ns
         yield event
         self.books.spend(layer, part, start_ns)
+
+    def tell(self, event: simpy.Event) -> None:
+        """The main process says that `event` has happened."""
+        event.succeed()
 
     def call_host(self, forward: ForwardInfo, layer: int, work: Work) -> simpy.Event | None:
         """Have the host compute its part of `layer`; the event of its result, None if it has none."""

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from tidesim.execution import Execution
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
@@ -9,6 +12,7 @@ from tidesim.paper_run import PaperRun, check_counts
 from tidesim.policies import Policy
 from tidesim.result import Decision, Interval, RunResult
 from tidesim.simulator.actors import Run
+from tidesim.simulator.recording import RecordedRun, Task
 from tidesim.workload import Workload
 
 
@@ -23,6 +27,8 @@ def simulate(
     seed: int | None = None,
     decisions: Callable[[Decision], None] | None = None,
     timeline: list[Interval] | None = None,
+    spent: npt.NDArray[np.int64] | None = None,
+    tasks: list[Task] | None = None,
     reserve_bytes: int | None = None,
     is_memory_checked: bool = True,
     expected: Hardware | None = None,
@@ -35,6 +41,8 @@ def simulate(
     seed : only for the record; nothing here is random.
     decisions : called with one `Decision` per forward and MoE layer, in order.
     timeline : an empty list, filled with what ran when, in order of their starts; see `result.Interval`.
+    spent : int64 [F, L + 1], filled with the ns that each MoE layer of each forward takes, and what lies outside them.
+    tasks : an empty list, filled with what ran, and with what each task waited for; see `Task`.
     reserve_bytes, is_memory_checked : see `execution.check_memory`, which is left out if the latter is False, for
         questions about machines that do not exist.
     expected : the profile that the policy decides by, if it does and takes the machine for another than `hardware`.
@@ -55,6 +63,7 @@ def simulate(
         is_memory_checked=is_memory_checked,
         expected=expected,
     )
-    run = Run(workload, paper.costs, policy, paper.shape, decisions, timeline)
+    what = (workload, paper.costs, policy, paper.shape, decisions, timeline, spent)
+    run = Run(*what) if tasks is None else RecordedRun(*what, tasks)
     run.play()
     return paper.result(run.books.totals(paper.costs))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tidesim.engine.accelerator import DeviceCalls
 from tidesim.engine.calibrate import Settings, calibrate, check_step
 from tidesim.engine.choice import by_hand
+from tidesim.engine.device_calls import DeviceCalls
 from tidesim.engine.live import DeviceSettings, dummy_model
 from tidesim.engine.session import Session
 from tidesim.execution import EXECUTIONS

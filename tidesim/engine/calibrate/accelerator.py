@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tidesim.engine.accelerator import DeviceCalls, grouped_product
+from tidesim.engine.accelerator import run_grouped
 from tidesim.engine.calibrate.experts import ROWS, Load
 from tidesim.engine.calibrate.host import COLD, SIZES, batch, copy_fresh, copy_sweep
 from tidesim.engine.calibrate.measured import CopyFit, Measured, sample, seconds, seconds_per_call
-from tidesim.engine.cpu_backend import sleep_until
+from tidesim.engine.cpu_backend import Worker, sleep_until
+from tidesim.engine.device_calls import DeviceCalls
 from tidesim.moe import MoEConfig
 
 LARGE_ROWS = 256  # rows of an expert, and of a dense product by 16, at which rates no longer rise by much
 DEVICE_CACHE_BYTES = 128 * 2**20  # the largest last-level cache of a present accelerator
-_NUM_LAUNCHES = 2000
+_NUM_CALLS = 200
 
 
 def device_name(calls: DeviceCalls) -> str:
@@ -183,6 +184,7 @@ class DeviceExperts:
         self._gate_up = self._random((self.num_experts, 2 * width, D), rng).transpose(1, 2)
         self._down = self._random((self.num_experts, D, width), rng).transpose(1, 2)
         self._x = self._random((LARGE_ROWS * self.num_experts, D), rng)
+        self._out = torch.empty(self._x.shape, device=calls.device)
 
     def _random(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         drawn = torch.randn(min(math.prod(shape), 2**22), generator=rng).mul_(shape[-1] ** -0.5).to(torch.bfloat16)
@@ -190,14 +192,17 @@ class DeviceExperts:
         return drawn.to(self.calls.device).repeat(times)[: math.prod(shape)].view(shape)
 
     def grouped(self, rows: int, num_experts: int | None = None) -> Callable[[], object]:
-        """What runs experts (None: all of them) at once, each on so many rows."""
+        """What runs experts (None: all of them) at once, each on so many rows, as the engine does; returns their
+        outputs.
+        """
         E = num_experts or self.num_experts
-        x, gate_up, down = self._x[: rows * E], self._gate_up[:E], self._down[:E]
-        ends = torch.arange(1, E + 1, dtype=torch.int32, device=x.device) * rows
+        gate_up, down = self._gate_up[:E], self._down[:E]
+        tokens = torch.arange(rows * E, dtype=torch.int32, device=self.calls.device)
+        ends = torch.arange(1, E + 1, dtype=torch.int32, device=self.calls.device) * rows
 
         def run() -> Tensor:
-            gate, up = grouped_product(x, gate_up, ends).chunk(2, dim=-1)
-            return grouped_product(functional.silu(gate) * up, down, ends)
+            run_grouped(self._x, tokens, gate_up, down, ends, self._out)
+            return self._out[: rows * E]
 
         return run
 
@@ -234,7 +239,6 @@ class KernelRates:
     bytes_per_s, flops_per_s : a dense product at one row (bytes of weights), and at many rows.
     grouped_s : a grouped run of one expert on one row, less reading its weights.
     gemm_s : added to each product that runs alone.
-    launch_s : an in-place op, begun back to back with others.
     """
 
     curve: dict[int, Measured]
@@ -244,14 +248,13 @@ class KernelRates:
     flops_per_s: Measured
     grouped_s: Measured
     gemm_s: Measured
-    launch_s: Measured
 
 
 def kernel_rates(
     model: MoEConfig, experts: DeviceExperts, cache_bytes: int, repeats: int = 15, limit_s: float = 40.0
 ) -> KernelRates:
     """Measure the device's kernels at the sizes of `model`, with weights that lie in no cache."""
-    calls, each_s = experts.calls, limit_s / 4
+    calls, each_s = experts.calls, limit_s / 3
     curve = _grouped_curve(experts, repeats, each_s)
     expert_flops, E = experts.flops_per_row, experts.num_experts
     one_row = curve[1].with_value(curve[1].value / expert_flops * experts.expert_bytes)
@@ -272,7 +275,6 @@ def kernel_rates(
         gemm_s=times["loop"].with_value(
             gemm_s, f"a loop over {E} experts of one row, less their weights' time, over 3"
         ),
-        launch_s=_launch(calls, repeats, each_s),
     )
 
 
@@ -306,13 +308,27 @@ def _dense_products(
     }
 
 
-def _launch(calls: DeviceCalls, repeats: int, limit_s: float) -> Measured:
-    number = torch.zeros(1, device=calls.device)
+# --- calls of the host --------------------------------------------------------------------------------------------
 
-    def launch_s() -> float:
-        return host_s(calls, lambda: seconds_per_call(lambda: number.add_(1), _NUM_LAUNCHES)) / _NUM_LAUNCHES
 
-    with torch.inference_mode():
-        samples = sample({"launch": launch_s}, repeats, limit_s)
-    note = f"an in-place op on one number, {_NUM_LAUNCHES} back to back and waited for, host clock"
-    return Measured.of(samples["launch"], note)
+def host_call(calls: DeviceCalls, copies_s: float, repeats: int = 15, limit_s: float = 1.0) -> Measured:
+    """Seconds of a call of the host from the device, less the `copies_s` of a row out and back, by the host's clock."""
+    sent, back = (calls.pinned((1,), torch.float32) for _ in range(2))
+    there, stream = torch.zeros(1, device=calls.device), calls.current_stream()
+    worker = Worker("host")
+
+    def call() -> None:
+        sent.copy_(there, non_blocking=True)
+        is_sent = calls.record(stream)
+        worker.submit("call", 0, is_sent.synchronize).result()
+        there.copy_(back, non_blocking=True)
+        calls.finish(stream)
+
+    try:
+        samples = sample({"call": lambda: seconds_per_call(call, _NUM_CALLS)}, repeats, limit_s)
+    finally:
+        worker.close()
+    called = Measured.of(
+        samples["call"], f"a row out, a waiting thread woken by it, and a row back, {_NUM_CALLS} times"
+    )
+    return called.with_value(max(0.0, called.value - copies_s), "less the time of the copies")

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from tidesim.engine.accelerator import DeviceCalls
 from tidesim.engine.calibrate import accelerator as on_accelerator
 from tidesim.engine.calibrate import dense, experts, host, storage
-from tidesim.engine.calibrate.engine_op import ResidentLayers, engine_op
+from tidesim.engine.calibrate.engine_op import Launches, ResidentLayers, launches
 from tidesim.engine.calibrate.experts import ROWS, TYPICAL_ROWS, ColdExperts, Load
 from tidesim.engine.calibrate.measured import CopyFit, Measured, OtherProcesses
 from tidesim.engine.cores import Cores
+from tidesim.engine.device_calls import DeviceCalls
 from tidesim.errors import ProfileError
 from tidesim.execution import EXECUTIONS, GIB
 from tidesim.hardware import Hardware
@@ -289,9 +289,15 @@ class _Calibration:
         self._put("host.memory_gb_s", _weights(curve[1]))
         self._put("host.bf16_gflops", curve[most].with_value(curve[most].value, f"{most} rows an expert"))
         self._put("host.fp32_gflops", single.with_value(single.value, f"{most} rows an expert"))
-        self._put("host.call_overhead_us", host.worker_call())
+        self._put("host.call_overhead_us", self._host_call())
         self._put_curve("host.expert_curve", curve)
         self._loads["host"] = Load("experts on the host", stored[torch.bfloat16].work(cores, TYPICAL_ROWS))
+
+    def _host_call(self) -> Measured:
+        if self._calls is None:
+            return host.worker_call()
+        copies_us = sum(self.figures[f"links.{name}.latency_us"]["value"] for name in ("d2h_pinned", "h2d_pinned"))
+        return on_accelerator.host_call(self._calls, copies_us / 1e6)
 
     def _cold_experts(self, dtype: torch.dtype) -> ColdExperts:
         return ColdExperts(self._model, dtype, self._cache_bytes, self._torch_rng)
@@ -337,17 +343,18 @@ class _Calibration:
         self._put("device.experts_gb_s", rates.experts_bytes_per_s)
         self._put("device.bf16_tflops", rates.flops_per_s)
         self._put("device.grouped_tflops", rates.grouped_flops_per_s)
-        self._put("device.kernel_launch_us", rates.launch_s)
-        self._put("device.eager_op_us", self._engine_op(calls, limit_s / 5))
+        begun = self._launches(calls, limit_s / 5)
+        self._put("device.kernel_launch_us", begun.kernel_s)
+        self._put("device.eager_op_us", begun.op_s)
         self._put("device.grouped_overhead_us", rates.grouped_s)
         self._put("device.gemm_overhead_us", rates.gemm_s)
         self._put_curve("device.expert_curve", rates.curve)
         self._loads["device"] = cold.load(TYPICAL_ROWS)
 
-    def _engine_op(self, calls: DeviceCalls, limit_s: float) -> Measured:
+    def _launches(self, calls: DeviceCalls, limit_s: float) -> Launches:
         layers = ResidentLayers(self._model, calls, self._host_cores, self._torch_rng)
         try:
-            return engine_op(layers, limit_s=limit_s)
+            return launches(layers, limit_s=limit_s)
         finally:
             layers.close()
 

@@ -1,4 +1,4 @@
-"""How the replay is compiled."""
+"""How what is walked millions of times is compiled: the replay, and policies that are asked at many budgets."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar

@@ -1,33 +1,17 @@
-"""The shape of a mixture-of-experts network: how many parameters, bytes and operations each part has.
+"""The sizes of one network, and the parameters, bytes and operations that follow from them.
 
-`MoEConfig` is read from the `config.json` of a Hugging Face model folder and knows nothing about hardware or
-weights. Sizes follow the LLaDA2 architecture: grouped-query attention, dense first layers, then MoE layers with
-one router, routed experts of three matrices (gate, up, down) and an always-on shared expert.
+`MoEConfig` knows nothing about hardware or weights. What it assumes of a network: grouped-query attention or DeepSeek's
+latent one, dense first layers, then MoE layers with one router, routed experts of three matrices (gate, up, down) and
+an always-on shared expert. `families` reads its fields from the `config.json` of a Hugging Face model folder.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from tidesim.errors import ModelError
-from tidesim.shipped import find_shipped
-
-# Field of MoEConfig -> key of config.json. A checkpoint may carry more keys; those are not ours to judge.
-_KEYS = {
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "num_experts": "num_experts",
-    "top_k": "num_experts_per_tok",
-    "num_shared_experts": "num_shared_experts",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "vocab_size": "vocab_size",
-}
-_DEFAULT_BLOCK_LENGTH = 32  # every published LLaDA2 checkpoint decodes in blocks of 32
+from tidesim.moe.families import DEFAULT_BLOCK_LENGTH, read_sizes
+from tidesim.moe.parts import LLADA2_LAYOUT, LatentAttention, Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +19,8 @@ class MoEConfig:
     """Sizes of one network. Counts of layers are split: `num_dense_layers` first, then `num_layers` MoE layers.
 
     `weight_bits` scales the bytes of routed experts only (16 as published), for what-if questions about
-    quantised experts; everything else stays at 16 bits.
+    quantised experts; everything else stays at 16 bits. `latent` stands in the place of keys and values by head;
+    `num_kv_heads` and `head_dim` are then those of the queries.
     """
 
     name: str
@@ -51,8 +36,10 @@ class MoEConfig:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    block_length: int = _DEFAULT_BLOCK_LENGTH
+    block_length: int = DEFAULT_BLOCK_LENGTH
     weight_bits: int = 16
+    layout: Layout = LLADA2_LAYOUT
+    latent: LatentAttention | None = None
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (4, 8, 16):
@@ -66,38 +53,50 @@ class MoEConfig:
     def from_hf(cls, config: Mapping[str, Any], name: str) -> Self:
         """Read the sizes from a Hugging Face `config.json`. Unknown keys are ignored, as checkpoints add their own.
 
-        Raise ModelError naming every required key that is missing or is not a whole number >= 0.
+        Raise ModelError naming every required key that is missing or is not a whole number >= 0, or saying why the
+        sizes of this network cannot be told.
         """
-        wanted = {**_KEYS, "num_hidden_layers": "num_hidden_layers", "first_k_dense_replace": "first_k_dense_replace"}
-        values: dict[str, Any] = {field: config.get(key) for field, key in wanted.items()}
-        bad = [wanted[field] for field, value in values.items() if not _is_count(value)]
-        if bad:
-            raise ModelError(f"{name}: config.json must hold whole numbers >= 0 for {', '.join(sorted(bad))}.")
-        total, dense = values.pop("num_hidden_layers"), values.pop("first_k_dense_replace")
-        block_length = config.get("block_length", _DEFAULT_BLOCK_LENGTH)
-        return cls(name=name, num_dense_layers=dense, num_layers=total - dense, block_length=block_length, **values)
+        return cls(name=name, **read_sizes(config, name))
 
     def with_weight_bits(self, weight_bits: int) -> Self:
         """The same network with its routed experts stored at `weight_bits` (4, 8 or 16) per weight."""
         return replace(self, weight_bits=weight_bits)
 
+    def sizes(self) -> dict[str, Any]:
+        """Every field but the name, ready for JSON. Parts that are as in LLaDA2 are left out, so that what was written
+        before there were others stays the same.
+        """
+        mine = asdict(self)
+        del mine["name"]
+        for part, usual in (("layout", LLADA2_LAYOUT), ("latent", None)):
+            if getattr(self, part) == usual:
+                del mine[part]
+        return mine
+
     # --- parameters ---------------------------------------------------------------------------------------
 
     @property
     def attention_params(self) -> int:
-        """Parameters of one layer's attention with its norms: qkv, output, two layer norms, q and k norms."""
-        projections = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
-        return projections + 2 * self.hidden_size + 2 * self.head_dim
+        """Parameters of one layer's attention with its norms: queries, keys, values, output, and two layer norms."""
+        layer_norms = 2 * self.hidden_size
+        if self.latent is not None:
+            return layer_norms + self.latent.params(self.hidden_size, self.num_heads)
+        num_projected = self.num_heads + 2 * self.num_kv_heads
+        projections = (num_projected + self.num_heads) * self.head_dim * self.hidden_size
+        norms = {None: 0, "head": 2, "full": self.num_heads + self.num_kv_heads}[self.layout.qk_norm] * self.head_dim
+        biases = num_projected * self.head_dim if self.layout.has_qkv_bias else 0
+        return projections + layer_norms + norms + biases
 
     @property
     def router_params(self) -> int:
-        """Parameters of one router: one row per expert and the expert bias."""
-        return self.num_experts * self.hidden_size + self.num_experts
+        """Parameters of one router: one row per expert, and the expert bias where there is one."""
+        return self.num_experts * (self.hidden_size + self.layout.has_router_bias)
 
     @property
     def shared_params(self) -> int:
-        """Parameters of one layer's shared expert: one gated MLP, `num_shared_experts` times as wide."""
-        return 3 * self.hidden_size * self.moe_intermediate_size * self.num_shared_experts
+        """Parameters of one layer's shared expert: one gated MLP, `num_shared_experts` times as wide, and its gate."""
+        gate = self.hidden_size * self.layout.has_shared_gate
+        return 3 * self.hidden_size * self.moe_intermediate_size * self.num_shared_experts + gate
 
     @property
     def expert_params(self) -> int:
@@ -111,7 +110,7 @@ class MoEConfig:
 
     @property
     def vocab_params(self) -> int:
-        """Parameters of the embedding, and as many again of lm_head."""
+        """Parameters of the embedding, and as many again of lm_head unless they are tied."""
         return self.vocab_size * self.hidden_size
 
     @property
@@ -120,12 +119,20 @@ class MoEConfig:
         layers = self.num_dense_layers + self.num_layers
         moe = self.num_layers * (self.router_params + self.shared_params)
         dense = self.num_dense_layers * self.dense_mlp_params
-        return layers * self.attention_params + moe + dense + 2 * self.vocab_params + self.hidden_size
+        vocab = self.vocab_params * (1 if self.layout.is_tied else 2)
+        return layers * self.attention_params + moe + dense + vocab + self.hidden_size
 
     @property
     def total_params(self) -> int:
         """Parameters of the whole network."""
         return self.non_expert_params + self.num_layers * self.num_experts * self.expert_params
+
+    @property
+    def attention_flops_per_pair(self) -> int:
+        """Operations of one query and one token that it attends to, in one layer: the score, and the sum of values."""
+        if self.latent is not None:
+            return self.latent.flops_per_pair(self.num_heads)
+        return 4 * self.num_heads * self.head_dim
 
     # --- bytes --------------------------------------------------------------------------------------------
 
@@ -142,6 +149,8 @@ class MoEConfig:
     @property
     def kv_bytes_per_token_layer(self) -> int:
         """Bytes of keys and values that one token leaves in one layer's KV cache."""
+        if self.latent is not None:
+            return 2 * self.latent.cached_width
         return 2 * 2 * self.num_kv_heads * self.head_dim
 
     @property
@@ -157,30 +166,3 @@ class MoEConfig:
     def experts_bytes(self, budget: int) -> int:
         """Bytes of `budget` experts in each MoE layer."""
         return self.num_layers * budget * self.expert_bytes
-
-
-def load_moe_config(name: str) -> MoEConfig:
-    """The `MoEConfig` of a model folder, a `config.json`, or a shipped model's name ("llada2.0-mini").
-
-    Raise ModelError if there is no such model or its config.json cannot be read.
-    """
-    path = find_shipped("models", name, error=ModelError)
-    return MoEConfig.from_hf(read_hf_config(path), (path if path.is_dir() else path.parent).resolve().name)
-
-
-def read_hf_config(path: Path) -> dict[str, Any]:
-    """The config.json at `path`, or inside the folder `path`. Raise ModelError if it is missing or not JSON."""
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: there is no config.json; a Hugging Face model folder is expected.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read as JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: a JSON object is expected, not {type(config).__name__}.")
-    return config
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
