@@ -37,6 +37,15 @@ def test_many_zeros_lie_in_a_file_that_may_be_forgotten_and_is_gone_with_them(
     assert zeros((3, 4), np.uint8).base is None
 
 
+def test_zeros_stay_in_memory_where_the_disk_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(windows, "_MOST_BYTES", 0)
+    monkeypatch.setattr(windows.os, "posix_fallocate", refuse)
+    assert zeros((3, 4), np.uint8).base is None
+
+
 def test_what_may_be_written_is_never_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "counts"
     np.zeros(9000, np.uint8).tofile(path)

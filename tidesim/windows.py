@@ -4,8 +4,10 @@ Letters: F forwards.
 """
 
 import mmap
+import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -33,11 +35,14 @@ def windows(counts: Counts) -> Iterator[tuple[slice, Counts]]:
 
 
 def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Counts:
-    """Zeros in memory; many of them in a file without a name that lasts as long as they do."""
-    if int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize <= _MOST_BYTES:
-        return np.zeros(shape, dtype)
-    with tempfile.TemporaryFile(prefix="tidesim-") as file:
-        return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
+    """Zeros in memory; many of them, if the disk has room, in a file without a name that lasts as long as they do."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if num_bytes > _MOST_BYTES and hasattr(os, "posix_fallocate"):
+        with suppress(OSError), tempfile.TemporaryFile(prefix="tidesim-") as file:
+            # Room that is not there would be found missing when it is written, which ends a process without a word.
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
+    return np.zeros(shape, dtype)
 
 
 def taken(counts: Counts, index: npt.NDArray[np.integer[Any]]) -> Counts:
