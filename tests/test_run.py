@@ -55,11 +55,32 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             load_moe_config("llada2-tiny"),
             small,
             execution=OVERLAPPED,
+            policies=("static", "tide", "tide-as-coded", "lru"),
             reserve_bytes=228 << 20,
             workers=1,
         )
     report.chosen.save(file)
     return file
+
+
+def test_a_plan_that_decides_by_predicted_times_runs_with_the_profile_it_was_made_with(tmp_path: Path) -> None:
+    file, profile = tmp_path / "plan.json", tmp_path / "small.yaml"
+    load_hardware("rtx4090").replace_figure("device.memory_gib", 0.25).to_yaml(profile)
+    with Trace.open("llada2-tiny") as trace:
+        model, small = load_moe_config("llada2-tiny"), load_hardware(str(profile))
+        settings = {"execution": OVERLAPPED, "policies": ["gain"], "reserve_bytes": 228 << 20, "workers": 1}
+        made = plan(trace, model, small, **settings).chosen
+    made.save(file)
+    words = ("run", "--plan", file, "--device", "cpu", "--prompt", "def f(x):\n", "--gen-length", 32, "--json")
+    refused = invoke(*words)
+    assert refused.exit_code == 1
+    assert "--hardware PROFILE" in str(refused.exception)
+    done = invoke(*words, "--hardware", profile)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["policy"] == "gain"
+    other = load_hardware("rtx4090").replace_figure("device.memory_gib", 0.5)
+    other.to_yaml(profile)
+    assert "made with another profile" in str(invoke(*words, "--hardware", profile).exception)
 
 
 def test_a_plan_runs_and_the_simulator_decides_the_same(plan_file: Path, tmp_path: Path) -> None:

@@ -412,9 +412,9 @@ class _Asked(NamedTuple):
 def _planned(live: "LiveModel", plan: Path, asked: _Asked) -> "Choice":
     from tidesim.engine.choice import planned
 
-    if any(option is not None for option in asked):
+    if any(option is not None for option in asked._replace(hardware=None)):
         raise InputError("a plan says policy, budget and all else itself; give --plan or --policy, not both.")
-    return planned(Plan.load(plan), live)
+    return planned(Plan.load(plan), live, None if asked.hardware is None else load_hardware(asked.hardware))
 
 
 def _by_hand(live: "LiveModel", asked: _Asked, how: Execution, routing: str | None, sequences: int | None) -> "Choice":

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tidesim.engine.live import LiveModel, engine_execution
-from tidesim.errors import BudgetError, InputError
+from tidesim.errors import BudgetError, InputError, PlanError
 from tidesim.execution import GIB, Costs, DeviceMemory, Execution, execution
-from tidesim.hardware import Hardware
+from tidesim.hardware import Hardware, load_hardware
 from tidesim.planner import Plan
 from tidesim.policies import Policy
 from tidesim.residency import check_budgets, per_layer
@@ -50,13 +50,39 @@ class Choice(NamedTuple):
         return need
 
 
-def planned(plan: Plan, live: LiveModel) -> Choice:
-    """What `plan` says. Raise PlanError if it was made for another model, InputError if the engine cannot follow it."""
+def planned(plan: Plan, live: LiveModel, hardware: Hardware | None = None) -> Choice:
+    """What `plan` says.
+
+    A policy that decides by predicted times needs the profile that the plan was made with: `hardware`, or the shipped
+    one of the plan's name. Raise PlanError if the plan was made for another model or with another profile, InputError
+    if the engine cannot follow it or there is no such profile.
+    """
     plan.check(live.sizes)
     # A plan for the other context than its execution's own says so in the name.
     how = execution(plan.execution.removesuffix(" with KV cache").removesuffix(" without KV cache"))
     own = engine_execution(live.kind, how, kv_cache=plan.context == "block")
-    return Choice(plan.make_policy(), plan.budget, own, plan.hardware.device_memory_bytes)
+    made = plan.make_policy()
+    known = None if made.is_routing_only else _profile(plan, hardware)
+    return Choice(made, plan.budget, own, plan.hardware.device_memory_bytes, known)
+
+
+def _profile(plan: Plan, hardware: Hardware | None) -> Hardware:
+    """The profile that `plan` was made with."""
+    name = plan.hardware.name
+    if hardware is None:
+        try:
+            hardware = load_hardware(name)
+        except InputError:
+            raise InputError(
+                f"policy {plan.policy!r} decides by predicted times, and no profile called {name!r} is shipped; give "
+                "the one that the plan was made with, --hardware PROFILE."
+            ) from None
+    if hardware.fingerprint != plan.hardware.fingerprint:
+        raise PlanError(
+            f"policy {plan.policy!r} decides by predicted times, and the plan was made with another profile of "
+            f"{name!r} than this one; give that one, --hardware PROFILE, or plan again."
+        )
+    return hardware
 
 
 def by_hand(

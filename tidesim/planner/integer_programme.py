@@ -29,6 +29,9 @@ import pulp
 from tidesim.errors import PlanError
 
 SolverName = Literal["highs", "cbc"]
+# How much more than a bound allows a choice may take, in units of the objective: less than a ns where layers differ by
+# less than 10 s, and more than a solver is off by when it is held to a bound that a solution meets exactly.
+_SLACK = 1e-5
 # The largest coefficient of the objective that the solvers see. HiGHS stops within 1e-6 of the best objective, and CBC
 # asks a new solution to be better by 1e-5 at least, so "optimal" is exact to 1e-8 of that coefficient with some room.
 _LARGEST_COEFFICIENT = 1e4
@@ -393,13 +396,13 @@ def _stay_within_memory(problem: pulp.LpProblem, used: Any, slots: int) -> None:
 
 def _end_in_time(problem: pulp.LpProblem, lost: Any, most: float) -> None:
     """All of it ends in time: sum over l, p of (time[l, p] - least time[l]) * x[l, p] <= what the bound leaves."""
-    problem.addConstraint(lost <= most, "whole_time")
+    problem.addConstraint(lost <= most + _SLACK, "whole_time")
 
 
 def _end_blocks_in_time(problem: pulp.LpProblem, blocks: Sequence[Any], most: float) -> None:
     """Every block ends in time: sum over l, p of block_time[k, l, p] * x[l, p] <= bound for every block k."""
     for k, block in enumerate(blocks):
-        problem.addConstraint(block <= most, f"block_{k}")
+        problem.addConstraint(block <= most + _SLACK, f"block_{k}")
 
 
 def _best_known(

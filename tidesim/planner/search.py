@@ -8,10 +8,11 @@ copies than it saves.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tidesim.planner.baselines import Rival, find_rivals, tide_programmes
 from tidesim.planner.candidates import Candidates, slots_for
-from tidesim.planner.integer_programme import Choice, InfeasibleError, SolverName, choose
+from tidesim.planner.integer_programme import Aim, Choice, InfeasibleError, SolverName, choose
 from tidesim.planner.objectives import Objective
 from tidesim.planner.runs import Case, Outcome, Runs
 from tidesim.planner.table import Table, fill_tables
@@ -102,19 +103,19 @@ def _choices(
     found = {}
     for name, table in tables.items():
         aim = objective.aim(table.generated_tokens)
+        settings: dict[str, Any] = {
+            "fixed_ns": table.outside_ns,
+            "fixed_block_ns": table.outside_block_ns if aim.has_blocks else (),
+            "solver": solver,
+            "time_limit_s": time_limit_s,
+        }
+        what = (table.options(has_blocks=aim.has_blocks), slots_for(name, slots))
         try:
-            found[name] = choose(
-                table.options(has_blocks=aim.has_blocks),
-                slots_for(name, slots),
-                aim=aim,
-                fixed_ns=table.outside_ns,
-                fixed_block_ns=table.outside_block_ns if aim.has_blocks else (),
-                solver=solver,
-                time_limit_s=time_limit_s,
-            )
+            found[name] = choose(*what, aim=aim, **settings)
         except InfeasibleError:
-            # Another policy may do what this one cannot; and sums over a table may be wrong about it.
-            continue
+            # Sums over a table may be wrong about what can be done; so what comes nearest is run, too.
+            nearest = Aim("slowest block" if aim.most_block_ns is not None else "time")
+            found[name] = choose(*what, aim=nearest, **settings)
     return found
 
 
