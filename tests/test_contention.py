@@ -262,7 +262,7 @@ def test_shares_that_hardly_slow_come_out_where_no_shares_do(case):
     assert 0 <= hardly.makespan_ns - result.makespan_ns <= num_pieces
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cases(), contentions())
 def test_contention_never_speeds_a_run_up_nor_slows_it_below_its_lowest_speeds(case, contention):
     assume_routing_only(case)
@@ -274,7 +274,7 @@ def test_contention_never_speeds_a_run_up_nor_slows_it_below_its_lowest_speeds(c
         assert sign * result.makespan_ns >= sign * sum(map(sum, times))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cases(), contentions())
 def test_everything_does_its_work_and_ends_in_the_nanosecond_in_which_it_is_done(case, contention):
     assume_routing_only(case)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from recurrence import timed_by_hand
 from simulator_cases import MIXED, SWAPPED, cases, make_policy, run_case
@@ -184,7 +184,7 @@ def contentions(draw: st.DrawFn) -> Contention | None:
     return draw(st.none() | st.builds(Contention, **dict.fromkeys(Contention.__dataclass_fields__, share)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases(), contentions())
 def test_the_longest_path_is_as_long_as_the_run(case, contention):
     machine = replace(case[2], contention=contention)
@@ -197,7 +197,7 @@ def test_the_longest_path_is_as_long_as_the_run(case, contention):
     assert [share.path_ns for share in path.works] == sorted((share.path_ns for share in path.works), reverse=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases(), contentions())
 def test_a_task_starts_when_the_last_that_it_waited_for_has_ended(case, contention):
     machine, tasks = replace(case[2], contention=contention), []
@@ -211,11 +211,13 @@ def test_a_task_starts_when_the_last_that_it_waited_for_has_ended(case, contenti
     assert (tasks[-1].resource, tasks[-1].end_ns) == (END, result.makespan_ns)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases(), contentions())
 def test_the_bound_is_the_run_in_which_a_resource_takes_no_time(case, contention):
     """And in which nobody slows the others, worked out without the simulator."""
     workload, model, machine, (name, params), budgets, used = case
+    # Who decides by predicted times decides otherwise where it is told that nobody slows the others.
+    assume(contention is None or make_policy(name, params).is_routing_only)
     for share in path_of_case(case, replace(machine, contention=contention)).resources:
         assert 0 <= share.slack_ns <= share.path_ns or contention is not None
         if share.resource in ("device", "host", "h2d", "d2h"):

@@ -235,7 +235,7 @@ def on_host(arguments: list[str], names: list[str]) -> set[str]:
     return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     shape=st.sampled_from(["llada2.0-mini", "llada-moe-7b-a1b", "sdar-30b-a3b"]),
     data=st.data(),
@@ -265,7 +265,7 @@ def chosen_by_ktransformers(arguments: list[str], counts, num_dense: int):
     return mask.view(num_layers, num_experts)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_ktransformers_reads_back_the_placement(data: st.DataObject, tmp_path_factory) -> None:
     torch = pytest.importorskip("torch")

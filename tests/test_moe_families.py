@@ -242,7 +242,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(family=st.sampled_from(sorted(FAMILIES)), data=st.data(), value=JSON)
 def test_any_value_under_any_key_is_read_or_refused(family: str, data: st.DataObject, value: object) -> None:
     config = FAMILIES[family]

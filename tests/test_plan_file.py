@@ -251,7 +251,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(field=st.sampled_from(FIELDS), depth=st.integers(0, 2), value=JSON)
 def test_any_value_anywhere_is_a_plan_or_a_plan_error(field, depth, value, tmp_path_factory):
     data = content()

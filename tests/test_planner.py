@@ -81,7 +81,7 @@ def test_time_that_no_choice_changes_is_in_objective_and_bound():
     assert shifted.bound == pytest.approx(plain.bound + 100e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(table=tables(), slots=st.integers(0, 24))
 def test_the_choice_is_the_one_that_trying_everything_finds(table, slots):
     best_ns = brute_force(table, slots)
@@ -94,7 +94,7 @@ def test_the_choice_is_the_one_that_trying_everything_finds(table, slots):
     assert best_ns / 1e9 <= choice.report.objective <= (best_ns + 1e-8 * largest) / 1e9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(table=tables(), slots=st.integers(0, 24))
 def test_no_choice_out_of_the_table_is_below_the_bound(table, slots):
     best_ns = brute_force(table, slots)
@@ -176,7 +176,7 @@ def test_out_of_time_without_any_choice_is_an_error():
         choose(table, 4001, time_limit_s=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(table=tables(), slots=st.integers(0, 24))
 def test_the_best_uniform_choice_is_uniform_and_best(table, slots):
     found = best_uniform(table, slots)
@@ -237,7 +237,7 @@ def every_choice(table: Table, slots: int):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 @given(table=with_blocks(), slots=st.integers(0, 20))
 def test_the_slowest_block_is_as_fast_as_any_choice_makes_it_and_the_rest_no_slower_than_it_must(table, slots, solver):
     choices = every_choice(table, slots)
@@ -307,7 +307,7 @@ def by_dynamic_programme(table: Table, slots: int) -> int | None:
     return best[slots]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(table=tables(max_layers=30, max_options=12), slots=st.integers(0, 120))
 def test_a_dynamic_programme_agrees(table, slots):
     best_ns = by_dynamic_programme(table, slots)

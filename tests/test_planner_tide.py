@@ -48,7 +48,7 @@ def row(*experts: int) -> list[list[int]]:
 # --- the fits ---
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(drift=st.floats(0.001, 0.9))
 def test_drift_is_found_again(drift):
     fit = fit_lags(lags(drift, (0.1, 0.02, 0.5)))
@@ -57,7 +57,7 @@ def test_drift_is_found_again(drift):
     assert fit.replaced(3) == pytest.approx(1 - (1 - drift) ** 3, rel=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(start=st.floats(0, 0.5), growth=st.floats(0.01, 0.2), exponent=st.floats(0.2, 1.5))
 def test_growth_of_misses_is_found_again(start, growth, exponent):
     fit = fit_lags(lags(0.1, (start, growth, exponent)))

@@ -81,7 +81,7 @@ def made_of(name):
     return Erratic() if name == "erratic" else policy(name)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     seed=st.integers(0, 2**32 - 1),
     name=st.sampled_from(["tide", "tide-as-coded", "rlx", "lru", "all-host", "erratic"]),

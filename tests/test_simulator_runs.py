@@ -140,7 +140,7 @@ def test_unified_memory_moves_experts_for_nothing():
 # --- properties ---
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cases())
 def test_the_clock_agrees_with_a_recurrence_written_without_simpy(case):
     """Every duration, part and busy time; so nothing depends on the order of events at one instant."""

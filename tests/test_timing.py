@@ -22,7 +22,7 @@ def split(workload, ends):
     return replace(workload, sequence=sequence.astype(np.int32))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(cases(), st.data(), st.sampled_from([1, 40, 1 << 24]))
 def test_times_are_those_of_runs_that_stop_there(case, data, window_cells):
     workload, model, machine, (name, params), budgets, used = case
