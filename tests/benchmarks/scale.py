@@ -29,12 +29,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import h5py
 import psutil
 import yaml
 
 from tidesim.moe import read_hf_config
 from tidesim.shipped import find_shipped
-from tidesim.trace import Trace
 
 SHAPE, HARDWARE = "llada2.0-flash", "rtx4090"
 BUDGET, NUM_CASES = 64, 8
@@ -137,10 +137,9 @@ def measure(folder: Path, size: Size, stages: Sequence[str], arguments: argparse
         for key, value in watched.items():
             row[key][stage] = round(value, 3)
         print(json.dumps({"stage": stage, **watched}), file=sys.stderr, flush=True)
-    with Trace.open(trace) as opened:
-        num_ids = opened.num_rows * opened.num_layers * opened.top_k
-        row |= {"forwards": len(opened.forwards), "ids_gb": num_ids / 1e9, "file_gb": trace.stat().st_size / 1e9}
-    return row
+    with h5py.File(trace) as opened:  # to open it as a trace would read all of it
+        num_forwards, num_ids = len(opened["forwards"]), opened["routing/expert_ids"].size
+    return row | {"forwards": num_forwards, "ids_gb": num_ids / 1e9, "file_gb": trace.stat().st_size / 1e9}
 
 
 def commands(folder: Path, trace: Path, size: Size, arguments: argparse.Namespace) -> Mapping[str, Sequence[object]]:
@@ -225,13 +224,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """CPU seconds and peak GB of each stage over what is varied, all axes logarithmic."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     varied = {axis: along(rows, axis) for axis in _AXES}
     varied = {axis: found for axis, found in varied.items() if len(found) > 1}
     figure = Figure(figsize=(4.2 * len(varied) + 2.4, 8), layout="constrained")
     columns = figure.subplots(2, len(varied), squeeze=False, sharey="row")
-    palette = colormaps["tab20"]
+    palette = colormaps["tab10"]
     styles = {stage: style(number, palette) for number, stage in enumerate(STAGES)}
     for place, (axis, found) in enumerate(varied.items()):
         for axes, key, name in zip(columns[:, place], ("cpu_s", "gb"), ("CPU seconds", "peak GB"), strict=True):
@@ -245,7 +244,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.xaxis.set_major_locator(FixedLocator([row[axis] for row in found]))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(_AXES[axis])
             axes.set_ylabel(name if not place else "")
             axes.grid(visible=True, which="major", alpha=0.3)
@@ -268,9 +269,10 @@ def along(rows: Sequence[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
 
 def style(number: int, palette: Any) -> dict[str, Any]:
     """How a stage is drawn; replays of the full context are dashed."""
-    is_full = STAGES[number].endswith(", full")
-    color = palette(STAGES.index(STAGES[number].removesuffix(", full")) % palette.N)
-    return {"color": color, "linestyle": "--" if is_full else "-", "marker": "o", "markersize": 4, "linewidth": 1.4}
+    solid = [stage for stage in STAGES if not stage.endswith(", full")]
+    place = solid.index(STAGES[number].removesuffix(", full"))
+    drawn = {"color": palette(place % palette.N), "marker": "o" if place < palette.N else "^", "linewidth": 1.4}
+    return {**drawn, "linestyle": "-" if STAGES[number] in solid else "--", "markersize": 4}
 
 
 def fixed(row: Mapping[str, Any], axis: str) -> str:
