@@ -14,7 +14,7 @@ from tidesim.trace import SequenceRouting
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Half of the usual number: the tests are run often, and draw other cases each time.
-settings.register_profile("tidesim", max_examples=40)
+settings.register_profile("tidesim", max_examples=25)
 settings.load_profile("tidesim")
 
 

@@ -33,7 +33,7 @@ def replay_case(case):
     return replay(workload, model, machine, made, budget=budgets, execution=used, is_memory_checked=False)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(cases())
 def test_every_policy_under_every_execution_is_replayed_as_it_is_simulated(case):
     assert replay_case(case) == run_case(case)
@@ -190,7 +190,7 @@ def test_copies_that_pile_up_are_given_room(monkeypatch: pytest.MonkeyPatch) -> 
     assert rooms == sorted(rooms)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(cases(), st.integers(1, 3))
 def test_stretches_are_one_run(case, num_forwards):
     """Of one forward to three, so that copies under way, refreshes and places in scratch memory reach across."""
