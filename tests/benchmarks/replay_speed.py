@@ -120,8 +120,9 @@ def curve(repeats: int) -> dict[str, Any]:
     with Trace.open(find_shipped("traces", TRACE, ".h5")) as trace:
         workload = trace.workload("block")
     replayer, L, E = Replayer(workload), workload.num_layers, workload.num_experts
-    read_s, _ = timed(partial(routing_of, workload), repeats)
-    routing = routing_of(workload)
+    whole = slice(0, workload.num_forwards)
+    read_s, _ = timed(partial(routing_of, workload, whole), repeats)
+    routing = routing_of(workload, whole)
 
     def recency() -> None:
         buffers, table = np.zeros((3, E), np.uint16), np.zeros((3, L, E), np.int64)

@@ -31,8 +31,8 @@ class Found:
 
     Parameters
     ----------
-    tables, choices : by policy, its table and its programme's choice; a policy that cannot do what is asked, by its
-        table, has no choice.
+    tables, choices : by policy, its table and its programme's choice: what comes nearest, if no sum of the table does
+        what is asked.
     tide : TIDE's own choices. rivals : the baselines.
     winner : the best run. ranked : every run that a plan may be, best first, the winner included.
     start : the best run before the look around. num_neighbours : how many were run there.
@@ -176,9 +176,8 @@ def _steps(case: Case, table: Table, by: int) -> dict[int, tuple[int, int]]:
     budgets = sorted({budget for budget, _ in table.pairs})
     found = {}
     for layer, budget in enumerate(case.budget):
-        ahead = [other for other in budgets if (other - budget) * by > 0]
-        if ahead:
-            then = min(ahead) if by > 0 else max(ahead)
+        then = _next_of(budgets, budget, by)
+        if then != budget:
             interval = None if case.interval is None else case.interval[layer]
             now_ns, then_ns = (table.layer_ns(layer, slots, interval) for slots in (budget, then))
             found[layer] = then, now_ns - then_ns
