@@ -49,7 +49,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         for layer, ids in enumerate(self.experts):
-            if any(low >= high for low, high in zip((-1, *ids), ids, strict=False)):
+            if list(ids) != sorted(set(ids)) or min(ids, default=0) < 0:
                 raise ValueError(f"experts[{layer}](={list(ids)}) must be ascending ids >= 0, each once.")
 
     @classmethod

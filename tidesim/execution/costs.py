@@ -50,7 +50,7 @@ class Costs:
         self.grouped_overhead_ns = int(_ns(hardware.device.grouped_overhead_s))
         self.host_expert_ns = self._host_table(rows)
         self._copy_costs()
-        self.fetched_ns = np.array([sum(self.alone_ns(kernel_ns)) for kernel_ns in self.loop_ns.tolist()], np.int64)
+        self.fetched_ns = np.add(*self.alone_ns(self.loop_ns))
         self.fetched_ns[0] = 0
 
     # --- dense parts ---
@@ -116,8 +116,8 @@ class Costs:
         work_ns = max(int(self.grouped_bytes_ns[num_active]), int(self.grouped_flops_ns[num_rows]))
         return self.grouped_overhead_ns + work_ns, 0
 
-    def alone_ns(self, loop_kernel_ns: int) -> tuple[int, int]:
-        """The same of one expert that runs alone because it was fetched; `loop_kernel_ns` is its `loop_ns`.
+    def alone_ns(self, loop_kernel_ns: Ints) -> tuple[Ints, Ints]:
+        """The same of one expert that runs alone because it was fetched; `loop_kernel_ns` is its `loop_ns`, any shape.
 
         It takes separate GEMMs; but a group of one where the device is a CPU and its experts were measured. Together
         with others it is begun while its copy is under way; that a group runs behind the last of its copies is left
@@ -125,10 +125,10 @@ class Costs:
         """
         execution = self.execution
         if execution.kernels == "grouped" and self._device_curve is not None and not execution.is_async:
-            return self.grouped_overhead_ns + loop_kernel_ns, 0
+            return self.grouped_overhead_ns + loop_kernel_ns, np.zeros_like(loop_kernel_ns)
         is_begun_before = execution.fetched == "together" and execution.copies == "background"
         hidden_ns = loop_kernel_ns + (self.promote_ns if is_begun_before else 0)
-        return loop_kernel_ns, int(self._unhidden_ns(hidden_ns, self.expert_launch_ns))
+        return loop_kernel_ns, self._unhidden_ns(hidden_ns, self.expert_launch_ns)
 
     # --- missed experts on the host ---
 

@@ -88,8 +88,10 @@ class Schedule:
 
     def table(self, num_layers: int, num_steps: int) -> npt.NDArray[np.bool_]:
         """What `is_due` says of every layer and the first steps of a block, [L, num_steps]."""
-        due = [[self.is_due(layer, step) for step in range(num_steps)] for layer in range(num_layers)]
-        return np.array(due, np.bool_).reshape(num_layers, num_steps)
+        is_common = not isinstance(self.refresh_interval, tuple) and len(self.refresh_steps or ((),)) == 1
+        layers, steps = range(1 if is_common else num_layers), range(num_steps)
+        rows = [[self.is_due(layer, step) for step in steps] for layer in layers]
+        return np.repeat(np.array(rows, np.bool_).reshape(-1, num_steps), num_layers // len(rows), axis=0)
 
 
 def _is_ascending(steps: tuple[int, ...]) -> bool:

@@ -75,11 +75,13 @@ def prices_of(workload: Workload, costs: Costs) -> Prices:
     """All that the forwards of `workload` may take."""
     call, first_call = _calls(workload, costs)
     attention = (workload.tokens, workload.context_tokens, workload.attended_pairs)
+    alone = _pairs(*costs.alone_ns(costs.loop_ns))
+    alone[0] = 0
     return Prices(
         entry=_pairs(*costs.entry_ns(*attention)),
         dense=_pairs(*costs.layer_ns(*attention)),
         head=_pairs(*costs.head_ns(workload.tokens, workload.logit_tokens)),
-        alone=np.array([(0, 0), *map(costs.alone_ns, costs.loop_ns[1:].tolist())], np.int64),
+        alone=alone,
         loop=costs.loop_ns,
         experts_bytes=costs.grouped_bytes_ns,
         experts_flops=costs.grouped_flops_ns,

@@ -63,4 +63,5 @@ class Routed:
 
     def alone(self, layer: int, expert: int) -> tuple[int, int]:
         """Kernels of one expert run alone on the device, and the launch time that they do not hide."""
-        return self._costs.alone_ns(int(self._loop_ns[layer, expert]))
+        kernel_ns, launch_ns = self._costs.alone_ns(self._loop_ns[layer, expert])
+        return int(kernel_ns), int(launch_ns)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,6 +156,7 @@ class Case:
         }
 
 
+@cache
 def model_fingerprint(model: MoEConfig) -> str:
     """SHA-256 (hex) of every size of the network, its name left out."""
     return hashlib.sha256(_canonical({**asdict(model), "name": None})).hexdigest()
