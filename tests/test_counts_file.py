@@ -66,7 +66,7 @@ def test_counts_are_counted_once(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     first = workload(path)
     assert counts_of(path).is_file()
     monkeypatch.setattr(reading_module, "count_segments", lambda *_: pytest.fail("counted again"))
-    monkeypatch.setattr("tidesim.workload.count_segments", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr("tidesim.counting.count_segments", lambda *_: pytest.fail("counted again"))
     assert_same(workload(path), first)
     workload(path, "full", [1])
 
@@ -92,7 +92,7 @@ def test_full_counts_are_narrow_too_when_asked_for(path: Path) -> None:
 def test_counting_and_describing_take_no_more_memory_for_more_sequences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidesim.workload.WINDOW_ROWS", 256)
+    monkeypatch.setattr("tidesim.counting.WINDOW_ROWS", 256)
     config = read_hf_config(find_shipped("models", "llada2.0-flash"))
     peaks: dict[str, list[int]] = {"count": [], "recount": [], "describe": []}
     for num_sequences in (2, 8):

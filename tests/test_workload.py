@@ -157,7 +157,7 @@ def test_counts_do_not_depend_on_the_reading_window(
     with Trace.open(path) as trace:
         whole = trace.workload("full", has_lookahead=True)
         for rows in (1, 3, 7):
-            monkeypatch.setattr("tidesim.workload.WINDOW_ROWS", rows)
+            monkeypatch.setattr("tidesim.counting.WINDOW_ROWS", rows)
             monkeypatch.setattr("tidesim.trace.reading.WINDOW_ROWS", rows)
             assert_same(whole, trace.workload("full", has_lookahead=True))
             with Trace.open(path) as again:

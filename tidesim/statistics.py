@@ -16,10 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.errors import TraceError
-from tidesim.trace import Trace
-from tidesim.workload import (
-    ForwardKind,
+from tidesim.counting import (
     Segments,
     add_prefix,
     block_segments,
@@ -27,6 +24,9 @@ from tidesim.workload import (
     read_segments,
     recorded_segments,
 )
+from tidesim.errors import TraceError
+from tidesim.trace import Trace
+from tidesim.workload import ForwardKind
 
 MAX_LAG = 8
 _HOT_SHARE = 1 / 8

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.counting import WINDOW_ROWS, Segments, build_workload, count_segments
 from tidesim.errors import TraceError
 from tidesim.shipped import find_shipped, shipped_folder
 from tidesim.trace.counts_file import CountsFile, TooManyError
@@ -30,7 +31,7 @@ from tidesim.trace_format import (
     parse_table,
     starts,
 )
-from tidesim.workload import WINDOW_ROWS, Context, Counts, Segments, Workload, build_workload, count_segments
+from tidesim.workload import Context, Counts, Workload
 
 
 class Trace:
