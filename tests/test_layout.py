@@ -18,7 +18,7 @@ RANKS = (
     ("errors",),
     ("batches", "compiling", "shipped", "tables", "windows", "workers"),
     ("moe", "hardware", "workload", "residency", "result"),
-    ("trace_format", "execution"),
+    ("trace_format", "counting", "execution"),
     ("trace", "policies"),
     ("paper_run", "lending"),
     ("statistics", "synthesize", "simulator", "replay", "ceiling"),
