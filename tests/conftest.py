@@ -13,7 +13,7 @@ from tidesim.trace import SequenceRouting
 # Tests of small tensors gain nothing from a thread pool, and lose much where another process keeps a core busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Half of the usual number: the tests are run often, and draw other cases each time.
+# A quarter of the usual number: the tests are run often, and draw other cases each time.
 settings.register_profile("tidesim", max_examples=25)
 settings.load_profile("tidesim")
 

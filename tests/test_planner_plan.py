@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hand_made import E, L, decode, writer
-from toy import toy_execution, toy_hardware
+from hand_made import E, L
+from plan_cases import BACKGROUND, BLOCKING, STEPS, machine, make, write_trace
+from toy import toy_hardware
 
 from tidesim.errors import BudgetError, InputError, PlanError
-from tidesim.execution import check_memory, device_memory
+from tidesim.execution import check_memory
 from tidesim.planner import InfeasibleError, Plan, plan
 from tidesim.planner import runs as planner_runs
 from tidesim.planner.candidates import default_budgets, distinct_intervals
@@ -23,38 +24,11 @@ from tidesim.policies.foresight import learn
 from tidesim.simulator import simulate
 from tidesim.trace import Trace
 
-BLOCKING = toy_execution()
-BACKGROUND = toy_execution(name="background", copies="background", host="parallel", is_pinned=True)
-STEPS = [[3, 2], [4], [2, 3], [5], [4], [2, 2, 1]]
-
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
-    """Six sequences of one to three blocks, whose experts with low ids are the busier ones."""
-    path = tmp_path_factory.mktemp("traces") / "small.h5"
-    rng = np.random.default_rng(5)
-    with writer(path, origin="synthetic") as out:
-        for steps in STEPS:
-            sequence = decode(rng, 6, steps)[0]
-            first, second = np.moveaxis(sequence.expert_ids**2 // E, 2, 0)
-            # The two experts of a token differ.
-            out.append(replace(sequence, expert_ids=np.stack([first, (first + 1 + second) % E], axis=2)))
-    with Trace.open(path) as opened:
+    with Trace.open(write_trace(tmp_path_factory.mktemp("traces") / "small.h5")) as opened:
         yield opened
-
-
-def machine(trace, slots, execution=BLOCKING):
-    """A machine on which exactly so many experts fit beside the rest, with no reserve."""
-    hardware = toy_hardware()
-    max_tokens = trace.workload().max_tokens
-    need = device_memory(trace.config, hardware, execution, 0, max_tokens, 0).total
-    memory_bytes = need + slots * trace.config.expert_bytes
-    return replace(hardware, device=replace(hardware.device, memory_bytes=memory_bytes))
-
-
-def make(trace, slots=11, execution=BLOCKING, **changes):
-    arguments = {"execution": execution, "reserve_bytes": 0, "workers": 1} | changes
-    return plan(trace, trace.config, machine(trace, slots, execution), **arguments)
 
 
 @pytest.fixture(scope="module")

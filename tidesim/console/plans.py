@@ -43,8 +43,6 @@ def plan_tables(document: Document) -> RenderableType:
 def _proof(document: Document) -> str:
     """How good the programme's choice is in its table."""
     solver = document["solver"]
-    if solver is None:
-        return "no choice of its table does what is asked, by sums; whole runs do"
     if solver["status"] != "optimal":
         return f"best when {solver['solver']}'s time was up, at most {100 * document['gap']:.2g} % off in its table"
     return f"proven in its table, gap {100 * document['gap']:.1g} % ({solver['solver']})"
@@ -54,8 +52,6 @@ def _rescored(document: Document) -> str:
     """What whole runs made of the programme's choice."""
     gain = document["before_s"] / document["after_s"] - 1
     around = f"{document['num_neighbours']} neighbours run, {100 * gain:+.2f} % by the best of them"
-    if document["programme_s"] is None:
-        return around
     programme = f"the programme's choice runs in {document['programme_s']:.3f} s"
     return f"{programme}, the plan in {document['after_s']:.3f} s; {around}"
 

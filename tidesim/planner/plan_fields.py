@@ -189,7 +189,7 @@ FIELDS = (
     PlanField("seed", _whole(0), "of the split into training and held-out sequences"),
     PlanField("tool_version", _text, "of tidesim"),
 )
-_NULLABLE_SECTIONS = ("held_out", "proof")
+_NULLABLE_SECTIONS = ("held_out",)
 
 
 # --- reading ---

@@ -160,7 +160,7 @@ class Plan:
     reserve_bytes: int
     predicted: Prediction
     held_out: Prediction | None
-    proof: Proof | None
+    proof: Proof
     tide_code: TideCode
     seed: int
     tool_version: str
@@ -182,7 +182,7 @@ class Plan:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """The plan with these fields, as nested mappings of the right types. Raise PlanError as the class does."""
-        placement, held_out, proof = values["placement"], values["held_out"], values["proof"]
+        placement, held_out = values["placement"], values["held_out"]
         steps, learnt = values.get("refresh_steps"), values["learnt"]
         return cls(
             model=ModelSizes(**values["model"]),
@@ -202,7 +202,7 @@ class Plan:
             reserve_bytes=values["reserve_bytes"],
             predicted=Prediction(**values["predicted"]),
             held_out=None if held_out is None else Prediction(**held_out),
-            proof=None if proof is None else Proof(**proof),
+            proof=Proof(**values["proof"]),
             tide_code=TideCode(**values["tide_code"]),
             seed=values["seed"],
             tool_version=values["tool_version"],

@@ -123,14 +123,14 @@ class Rescored:
 
     Parameters
     ----------
-    programme_s : the choice of the programme of the plan's policy; None if that policy's table has nothing that does
+    programme_s : the choice of the programme of the plan's policy, or what comes nearest if no sum of its table does
         what is asked.
     before_s : the best of all choices and of simpler ones. after_s : the plan, which is that or better.
     num_neighbours : runs around the best one that differ from it in one thing.
     """
 
     num_neighbours: int
-    programme_s: float | None
+    programme_s: float
     before_s: float
     after_s: float
 
@@ -144,7 +144,7 @@ class PlanReport:
     chosen : the plan.
     predicted, held_out : the plan simulated on the tuned, and on the held-out sequences (None if there are none).
     baselines : on the same sequences, fastest first.
-    programmes : one per policy; that of the plan's policy is `programme`, None if it found nothing.
+    programmes : one per policy; that of the plan's policy is `programme`.
     rescored : how the plan came about from the programmes.
     judgement : how the plan does on held-out sequences and how sure that is; with the explanation.
     explanation : why it is as fast as it is, if that was asked for.
@@ -177,14 +177,14 @@ class PlanReport:
     total_s: float
 
     @property
-    def programme(self) -> Programme | None:
+    def programme(self) -> Programme:
         """The integer programme of the chosen policy."""
-        return next((programme for programme in self.programmes if programme.policy == self.chosen.policy), None)
+        return next(programme for programme in self.programmes if programme.policy == self.chosen.policy)
 
     @property
-    def gap(self) -> float | None:
+    def gap(self) -> float:
         """How far the best choice in the chosen policy's table may be from the best there is in it."""
-        return None if self.programme is None else self.programme.solver.gap
+        return self.programme.solver.gap
 
     def to_dict(self) -> dict[str, object]:
         """What `tidesim plan --json` prints."""
@@ -193,7 +193,7 @@ class PlanReport:
             "predicted": self.predicted.to_dict(),
             "baselines": [baseline.to_dict(baseline.predicted) for baseline in self.baselines],
             "gap": self.gap,
-            "solver": None if self.programme is None else self.programme.solver.to_dict(),
+            "solver": self.programme.solver.to_dict(),
             "held_out": self._held_out(),
             "solve_s": self.solve_s,
             "total_s": self.total_s,

@@ -254,11 +254,11 @@ def _programmes(runs: Runs, found: Found) -> tuple[Programme, ...]:
 
 def _rescored(runs: Runs, found: Found) -> Rescored:
     """What whole runs said of what the programmes chose."""
-    programme = found.choices.get(found.winner.policy)
-    own = None if programme is None else Case(found.winner.policy, programme.budget, programme.interval, _TUNED)
+    programme = found.choices[found.winner.policy]
+    own = Case(found.winner.policy, programme.budget, programme.interval, _TUNED)
     return Rescored(
         num_neighbours=found.num_neighbours,
-        programme_s=None if own is None else runs.result(own).makespan_s,
+        programme_s=runs.result(own).makespan_s,
         before_s=runs.result(found.start).makespan_s,
         after_s=runs.result(found.winner).makespan_s,
     )
@@ -277,7 +277,6 @@ def _make_plan(
     runs: Runs, found: Found, trace: Trace, split: Split, objective: Objective, max_tokens: int, room: Room
 ) -> Plan:
     setting, winner = runs.setting, found.winner
-    report = found.choices[winner.policy].report if winner.policy in found.choices else None
     held_out = _held_out(runs, winner)
     return Plan(
         model=ModelSizes.of(setting.model),
@@ -303,7 +302,7 @@ def _make_plan(
         reserve_bytes=room.memory.reserve,
         predicted=Prediction.of(runs.result(winner)),
         held_out=None if held_out is None else Prediction.of(held_out),
-        proof=None if report is None else Proof.of(report),
+        proof=Proof.of(found.choices[winner.policy].report),
         tide_code=tide_code(winner, setting.model.block_length),
         seed=setting.seed,
         tool_version=tool_version(),

@@ -77,7 +77,7 @@ def search(
     ranked = _ranked(runs, objective, contenders)
     start = ranked[0]
     runs.outcomes(rival.case for rival in rivals)
-    seen = _look_around(runs, objective, tables, slots, start) if start.policy in tables else []
+    seen = _look_around(runs, objective, tables, slots, start)
     ranked = _ranked(runs, objective, [*ranked, *seen])
     winner = ranked[0]
     unmet = objective.why_unmet(winner, runs.outcomes([winner])[0])
