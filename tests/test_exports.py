@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_cases import plan_for
 from toy import TOY, toy_workload
 
 from tidesim import cli
@@ -25,50 +26,11 @@ from tidesim.exports import (
 )
 from tidesim.moe import MoEConfig, load_moe_config
 from tidesim.planner import Plan
-from tidesim.planner.plan_file import Machine, ModelSizes, Prediction, Proof, Routing, TideCode
 from tidesim.residency import Placement
-from tidesim.result import PARTS
 from tidesim.trace import Trace
 
 # Layer 0 is dense; the MoE layers are 1, 2 and 3 of the network, with four experts each.
 MODEL = replace(TOY, num_dense_layers=1, num_layers=3, num_experts=4)
-PREDICTION = Prediction(
-    tok_per_s=1.0,
-    makespan_s=1.0,
-    num_forwards=1,
-    generated_tokens=1,
-    hit_rate=0.5,
-    breakdown_s=dict.fromkeys(PARTS, 0.2),
-)
-
-
-def plan_for(model: MoEConfig, budget, **changes) -> Plan:
-    """A plan that moves experts, with these budgets, unless told otherwise."""
-    fields = {
-        "model": ModelSizes.of(model),
-        "hardware": Machine(name="paper", device_memory_bytes=2**30, fingerprint="a" * 64),
-        "trace": Routing(
-            model="toy", origin="synthetic", fingerprint="b" * 64, training=(0, 1), profiled=(0,), held_out=()
-        ),
-        "objective": "throughput",
-        "execution": "overlapped",
-        "context": "block",
-        "policy": "tide",
-        "budget": tuple(budget),
-        "refresh_interval": (4,) * model.num_layers,
-        "placement": None,
-        "learnt": None,
-        "miss_rule": "host",
-        "max_tokens": 64,
-        "reserve_bytes": 0,
-        "predicted": PREDICTION,
-        "held_out": None,
-        "proof": Proof(solver="highs", status="optimal", minimised="time", objective=0.5, bound=0.5, gap=0.0),
-        "tide_code": TideCode(max_gpu_experts_per_layer=2, jump_steps=4, derivation="by hand"),
-        "seed": 0,
-        "tool_version": "1.2.3",
-    }
-    return Plan(**fields | changes)
 
 
 def static_plan(model: MoEConfig, experts) -> Plan:

@@ -6,11 +6,12 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_cases import plan_for
 from toy import TOY, toy_execution, toy_hardware, toy_workload
 
 from tidesim.errors import PlanError
 from tidesim.planner.plan_fields import FIELDS
-from tidesim.planner.plan_file import Machine, ModelSizes, Plan, Prediction, Proof, Routing, TideCode
+from tidesim.planner.plan_file import Machine, Plan, Prediction, Routing
 from tidesim.residency import Placement
 from tidesim.result import PARTS
 from tidesim.simulator import simulate
@@ -24,27 +25,16 @@ PREDICTION = Prediction(
     hit_rate=0.75,
     breakdown_s=dict.fromkeys(PARTS, 0.08),
 )
-TIDE = Plan(
-    model=ModelSizes.of(MODEL),
+TIDE = plan_for(
+    MODEL,
+    (3, 2),
     hardware=Machine(name="paper", device_memory_bytes=toy_hardware().device.memory_bytes, fingerprint="a" * 64),
     trace=Routing(model="toy", origin="synthetic", fingerprint="b" * 64, training=(0, 2), profiled=(2,), held_out=(1,)),
-    objective="throughput",
     execution="plain",
-    context="block",
-    policy="tide",
-    budget=(3, 2),
     refresh_interval=(4, 1),
-    placement=None,
-    learnt=None,
-    miss_rule="host",
-    max_tokens=64,
     reserve_bytes=1000,
     predicted=PREDICTION,
     held_out=replace(PREDICTION, tok_per_s=11.0),
-    proof=Proof(solver="highs", status="optimal", minimised="time", objective=0.5, bound=0.5, gap=0.0),
-    tide_code=TideCode(max_gpu_experts_per_layer=2, jump_steps=4, derivation="by hand"),
-    seed=0,
-    tool_version="1.2.3",
 )
 STEPS = replace(TIDE, refresh_interval=None, refresh_steps=((0, 1, 4), ()))
 STATIC = replace(TIDE, policy="static", refresh_interval=None, placement=Placement(((0, 3, 7), (1, 2))))
