@@ -220,7 +220,7 @@ def ready_replay(machines: Iterable[Hardware]) -> None:
     if all(map(replay.is_contended, machines)) or replay.is_compiled():
         return
     console.note("compiling the replay, once on this machine: this takes about half a minute")
-    replay.compile_now()
+    replay.compile_now(workers=None)
 
 
 def sizes_of(opened: Trace, model: str | None, weight_bits: int) -> MoEConfig:

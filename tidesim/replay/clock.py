@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.compiling import Whole, compiled, inlined
+from tidesim.compiling import Whole, compiled, inlined, joined
 from tidesim.replay.bits import STRIDE, WORD, Words, is_in, lowest, ones, put, take
 from tidesim.replay.rules import SCRIPTED, observe, refresh, serve
 from tidesim.replay.script import AHEAD, DROP, KEEP, NOBODY, REFRESH
@@ -200,7 +200,7 @@ def _last_arrival(active: Any, here: Any, until: Any, offset: Whole) -> Whole:
     return needed
 
 
-@inlined
+@joined
 def _note_roles(routing: Any, clock: Any, here: Any, at: Whole, offset: Whole, now: Whole) -> None:
     """Who was missed, with its rows, and who has run by `now`; before the first move."""
     for word in range(len(here)):
@@ -213,7 +213,7 @@ def _note_roles(routing: Any, clock: Any, here: Any, at: Whole, offset: Whole, n
         clock.missed_rows[routing.experts[pair]] = routing.rows[pair] * is_in(clock.missed, routing.experts[pair])
 
 
-@inlined
+@joined
 def _forget_roles(clock: Any) -> None:
     """Nobody is missed any more."""
     for word in range(len(clock.missed)):
@@ -259,7 +259,7 @@ def residents_ns(prices: Any, fixed: Any, hits: Whole, num_active: Whole, loop_n
     return kernel_ns, launch_ns
 
 
-@inlined
+@joined
 def _copy(links: Any, link: Whole, ready: Whole, duration_ns: Whole, now: Whole) -> Whole:
     """The next copy of a link, which may start at `ready`; returns its end."""
     start = max(ready, links[link, FREE])
@@ -297,7 +297,7 @@ def _clip(links: Any, link: Whole, duration_ns: Whole, now: Whole) -> None:
 # --- moves ---
 
 
-@inlined
+@joined
 def _fetch(
     prices: Any,
     fixed: Any,
@@ -340,7 +340,7 @@ def _fetch(
     return move, misses, host_ns, now
 
 
-@inlined
+@joined
 def _evict(clock: Any, fixed: Any, leave: Whole, ready: Whole, now: Whole) -> Whole:
     """`leave` gives up its slot once it has arrived and has run. Returns when the slot is free."""
     free = ready
@@ -353,7 +353,7 @@ def _evict(clock: Any, fixed: Any, leave: Whole, ready: Whole, now: Whole) -> Wh
     return free
 
 
-@inlined
+@joined
 def _settle(clock: Any, layer: Whole, enter: Whole, arrival: Whole, now: Whole) -> None:
     """`enter` has a slot from now on, which may be overwritten when it has arrived and what runs by `now` has run."""
     clock.tally[PROMOTIONS] += 1
@@ -362,7 +362,7 @@ def _settle(clock: Any, layer: Whole, enter: Whole, arrival: Whole, now: Whole) 
     clock.layer_until[layer] = max(clock.layer_until[layer], arrival)
 
 
-@inlined
+@joined
 def _move_now(clock: Any, fixed: Any, moves: Any, move: Whole, waiting: Whole, now: Whole) -> Whole:
     """One out and one in, while everything else waits; the time is that of the layer that is `waiting`."""
     done = _evict(clock, fixed, moves.leave[move], now, now)
@@ -372,7 +372,7 @@ def _move_now(clock: Any, fixed: Any, moves: Any, move: Whole, waiting: Whole, n
     return _wait(clock, waiting, COPY_WAIT, done, now)
 
 
-@inlined
+@joined
 def _move_later(clock: Any, fixed: Any, moves: Any, move: Whole, ready: Whole, now: Whole) -> None:
     """One out and one in, by copies in the background that may start at `ready`."""
     free = _evict(clock, fixed, moves.leave[move], ready, now)

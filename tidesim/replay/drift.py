@@ -18,10 +18,10 @@ from tidesim.execution import Costs
 from tidesim.paper_run import check_counts
 from tidesim.policies import Policy, Shape
 from tidesim.replay.bits import Words, ones, put, take, words_of
-from tidesim.replay.prices import prices_of
-from tidesim.replay.routing import routing_of
+from tidesim.replay.prices import NO_PRICES, prices_of
+from tidesim.replay.routing import NO_ROUTING, routing_of
 from tidesim.replay.rules import SCRIPTED, observe, refresh, ruled, serve
-from tidesim.replay.script import DROP, NO_SCRIPT, NOBODY, decide
+from tidesim.replay.script import DROP, NO_DECISIONS, NO_SCRIPT, NOBODY, decide
 from tidesim.windows import forget, spans
 from tidesim.workload import ForwardKind, Workload
 
@@ -82,8 +82,23 @@ def drift_of(workload: Workload, policy: Policy, budgets: tuple[int, ...], costs
     prices = prices_of(workload, costs)
     resident = np.concatenate([words_of(ids, workload.num_experts) for ids in decisions.placement.experts])
     names, sequence = np.unique(workload.sequence, return_inverse=True)
-    S, A, L = len(names), num_lags, workload.num_layers
-    walk = _Walk(
+    walk = _new_walk(resident, len(names), num_lags, workload.num_layers)
+    for script, span in zip(scripts, stretches, strict=True):
+        routing = routing_of(workload, span)
+        forget(workload.counts)
+        _walk(routing, prices.during(span), script, rule, sequence[span], workload.block[span], walk)
+    return Drift(walk.num_pairs, walk.replaced, walk.missed, walk.late_ns)
+
+
+def compile_now() -> None:
+    """Compile the walk, unless that is on disk."""
+    nobody = np.zeros(0, np.int64)
+    walk = _new_walk(words_of((), 1), 1, 1, 1)
+    _walk(NO_ROUTING, NO_PRICES, NO_SCRIPT, ruled(NO_DECISIONS, 1, 1), nobody, nobody.astype(np.int32), walk)
+
+
+def _new_walk(resident: Words, S: int, A: int, L: int) -> _Walk:
+    return _Walk(
         resident=resident,
         kept=np.zeros((A + 1, len(resident)), np.uint64),
         place=np.full(3, -1, np.int64),
@@ -92,11 +107,6 @@ def drift_of(workload: Workload, policy: Policy, budgets: tuple[int, ...], costs
         missed=np.zeros((S, A, L), np.int64),
         late_ns=np.zeros((S, L), np.int64),
     )
-    for script, span in zip(scripts, stretches, strict=True):
-        routing = routing_of(workload, span)
-        forget(workload.counts)
-        _walk(routing, prices.during(span), script, rule, sequence[span], workload.block[span], walk)
-    return Drift(walk.num_pairs, walk.replaced, walk.missed, walk.late_ns)
 
 
 @compiled

@@ -71,6 +71,10 @@ class Fixed(NamedTuple):
     is_parallel: bool
 
 
+# The prices of no forward.
+NO_PRICES = Prices(*np.zeros((4, 1, 2), np.int64), *np.zeros((6, 1), np.int64))
+
+
 def prices_of(workload: Workload, costs: Costs) -> Prices:
     """All that the forwards of `workload` may take."""
     call, first_call = _calls(workload, costs)

@@ -1,6 +1,6 @@
 """One run, or many on the same routing, from their inputs to their results."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -14,19 +14,20 @@ from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
 from tidesim.policies import Policy, gain_kernel
+from tidesim.replay import drift
 from tidesim.replay.ages import fill_step_costs
 from tidesim.replay.bits import words_of
 from tidesim.replay.clock import BUSY as LINK_BUSY
 from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, new_clock, play, stop
-from tidesim.replay.prices import Fixed, Prices, fixed_of, prices_of
+from tidesim.replay.prices import NO_PRICES, Fixed, Prices, fixed_of, prices_of
 from tidesim.replay.routing import NO_ROUTING, Routing, routing_of
 from tidesim.replay.rules import ruled
-from tidesim.replay.script import NO_SCRIPT, Decisions, Script, decide
+from tidesim.replay.script import NO_DECISIONS, NO_SCRIPT, Decisions, Script, decide
 from tidesim.replay.step_costs import StepCosts
 from tidesim.replay.stretches import Stretch, play_all
-from tidesim.residency import Placement
 from tidesim.result import RunResult
 from tidesim.windows import forget, spans
+from tidesim.workers import Workers
 from tidesim.workload import Workload
 
 Ints = npt.NDArray[np.int64]
@@ -206,12 +207,21 @@ def is_compiled() -> bool:
     return bool(dispatcher.signatures) or any(Path(dispatcher.stats.cache_path).glob("clock.play-*.nbi"))
 
 
-def compile_now() -> None:
-    """Compile what replays a run, unless that is on disk: before processes start that would each do it."""
-    prices = Prices(*np.zeros((4, 1, 2), np.int64), *np.zeros((6, 1), np.int64))
-    decisions = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, scripts=None)
+def compile_now(workers: int | None = 1) -> None:
+    """Compile what replays a run, unless that is on disk: before processes start that would each do it.
+
+    The parts are compiled side by side by so many `workers`, see `Workers`.
+    """
+    with Workers(None, workers) as pool:
+        list(pool.map(_compile_part, (_compile_clock, gain_kernel.compile_now, drift.compile_now)))
+
+
+def _compile_part(_: None, part: Callable[[], None]) -> None:
+    part()
+
+
+def _compile_clock() -> None:
     fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
     clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
-    play(NO_ROUTING, prices, fixed, NO_SCRIPT, ruled(decisions, 1, 1), clock, np.zeros((0, 0), np.int64), 0)
+    play(NO_ROUTING, NO_PRICES, fixed, NO_SCRIPT, ruled(NO_DECISIONS, 1, 1), clock, np.zeros((0, 0), np.int64), 0)
     stop(fixed, clock, 0)
-    gain_kernel.compile_now()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.compiling import Whole, compiled, inlined
+from tidesim.compiling import Whole, compiled, inlined, joined
 from tidesim.policies.rules import Rule
 from tidesim.replay.bits import WORD, Words, is_in, lowest, num_bits, put, take
 from tidesim.replay.script import DROP, KEEP, NOBODY, REFRESH, Decisions, Script
@@ -129,7 +129,7 @@ def observe(ruled: Any, routing: Any, here: Any, at: Whole, layer: Whole) -> Non
         _use_residents(ruled.older[layer], ruled.newer[layer], here, routing.active[at])
 
 
-@inlined
+@joined
 def refresh(ruled: Any, routing: Any, here: Any, forward: Whole, at: Whole, layer: Whole) -> Whole:
     """The moves of a refresh, if one is due, in the buffer; returns how many there are."""
     num_moves = 0
@@ -143,7 +143,7 @@ def refresh(ruled: Any, routing: Any, here: Any, forward: Whole, at: Whole, laye
     return num_moves
 
 
-@inlined
+@joined
 def serve(ruled: Any, routing: Any, here: Any, at: Whole, layer: Whole) -> Whole:
     """Whom to fetch of the misses, in the buffer; returns how many there are."""
     num_moves = 0
@@ -165,7 +165,7 @@ def _add(total: Any, routing: Any, at: Whole) -> None:
 # --- by last use ---
 
 
-@compiled
+@joined
 def _fetch_all(ruled: Any, active: Any, here: Any, older: Any, newer: Any, layer: Whole) -> Whole:
     """All misses of `layer` are fetched and kept, in the buffer; returns how many moves there are."""
     moves, E, num_moves, offset = ruled.moves, len(older) - 1, 0, layer * len(here) * WORD
@@ -188,7 +188,7 @@ def _fetch_all(ruled: Any, active: Any, here: Any, older: Any, newer: Any, layer
     return num_moves
 
 
-@compiled
+@joined
 def _keep_recent(ruled: Any, active: Any, num_active: Whole, here: Any, layer: Whole) -> Whole:
     """All misses of `layer` are fetched, and those among the most recent stay; returns how many moves there are.
 
@@ -258,7 +258,7 @@ def _use(older: Any, newer: Any, expert: Whole) -> None:
 # --- by counts so far ---
 
 
-@compiled
+@joined
 def _hottest_for_coldest(total: Any, here: Any, then: Any, moves: Any, layer: Whole) -> Whole:
     """Swaps as long as the absent expert has strictly more tokens; of equals the lower id goes first. `then` [W] is a
     buffer. Moves go to the buffer; returns how many there are."""
@@ -304,7 +304,7 @@ def _first(total: Any, here: Any, tokens: Whole, is_resident: Whole) -> Whole:
 # --- by the counts of one forward, and a set ---
 
 
-@compiled
+@joined
 def _top_counts(ruled: Any, ids: Any, here: Any, layer: Whole) -> Whole:
     """The first of `ids`, sorted by rows, come in; out goes who comes first in a set of the residents. Moves go to the
     buffer; returns how many there are."""

@@ -59,6 +59,8 @@ class Decisions:
 
 
 NO_SCRIPT = Script(np.zeros(1, np.int64), np.empty(0, np.uint8), *np.empty((3, 0), np.int32))
+# Of one layer, with no slot.
+NO_DECISIONS = Decisions(placement=Placement(((),)), budgets=(0,), scratch=0, rule=None, scripts=None)
 
 
 def decide(
