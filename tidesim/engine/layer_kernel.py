@@ -250,7 +250,7 @@ def _attend(
                 key, value = space.heads[t, (H + g) * C :], space.heads[t, (H + G + g) * C :]
                 _normalize_row(key[:C], attention.key_norm, eps, context.keys[g, context.start + t])
                 _rotate(context.keys[g, context.start + t], rotation.cos[t], rotation.sin[t])
-                context.values[g, context.start + t] = value[:C]
+                _copy_row(value, context.values[g, context.start + t])
         tile = next_tile(progress, 2)
     wait_for(progress, 2, num_row_tiles)
 
@@ -321,6 +321,13 @@ def _add_row(added: Floats, x: Floats) -> None:
         x[i] += added[i]
 
 
+@njit(nogil=True, cache=True)
+def _copy_row(row: Floats, out: Floats) -> None:
+    """As many numbers as `out` holds. An assignment would take seconds to compile, for an error about shapes."""
+    for i in range(len(out)):
+        out[i] = row[i]
+
+
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
 def _rotate(head: Floats, cos: Floats, sin: Floats) -> None:
     """Rotate a head in place."""
@@ -347,7 +354,9 @@ def _attend_rows(
     """What `_ROWS` tokens from `first` on get from the query heads that share key/value head g, into space.mixed."""
     C = queries.shape[1]
     num_heads, num_rows = len(queries) // _ROWS, min(_ROWS, len(rotation.cos) - first)
-    limit = context.visible[first : first + num_rows].max()
+    limit = 0
+    for r in range(num_rows):
+        limit = max(limit, context.visible[first + r])
     for head in range(num_heads):
         column = (g * num_heads + head) * C
         for r in range(num_rows):
@@ -363,7 +372,7 @@ def _attend_rows(
     for head in range(num_heads):
         column = (g * num_heads + head) * C
         for r in range(num_rows):
-            space.mixed[first + r, column : column + C] = outputs[head * _ROWS + r]
+            _copy_row(outputs[head * _ROWS + r], space.mixed[first + r, column : column + C])
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
@@ -444,7 +453,7 @@ def _choose_row(
             by_group[group] = -np.inf
     # From here on, the best expert of each group.
     for group in range(num_groups):
-        groups[group] = by_group[group].max()
+        groups[group] = by_group[group, _first_of_best(by_group[group])]
     total = np.float32(0)
     for k in range(K):
         group = _first_of_best(groups)
@@ -453,7 +462,7 @@ def _choose_row(
         ids[k], weights[k] = top, scores[top]
         total += scores[top]
         by_group[group, place] = -np.inf
-        groups[group] = by_group[group].max()
+        groups[group] = by_group[group, _first_of_best(by_group[group])]
     for k in range(K):
         share = weights[k] / (total + np.float32(1e-20)) if K > 1 else weights[k]
         weights[k] = share * np.float32(scale)
