@@ -27,17 +27,21 @@ lint: $(VENV)/dev.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy tidesim
 
-$(VENV)/engine.ready: pyproject.toml
+# All that a target needs is installed at once: each call of pip reads the whole environment again.
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)" -e
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tidesim needs Python 3.11 or newer; set PYTHON=")'
 	@echo "setting up $(VENV), once"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[engine]'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/engine.ready: pyproject.toml | $(BIN)/python
+	@$(INSTALL) '.[engine]'
 	@touch $@
 
-$(VENV)/dev.ready: $(VENV)/engine.ready
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[engine,dev]'
-	@touch $@
+$(VENV)/dev.ready: pyproject.toml | $(BIN)/python
+	@$(INSTALL) '.[engine,dev]'
+	@touch $(VENV)/engine.ready $@
 
 clean:
 	rm -rf $(VENV) runs dist

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiled import compile_all
 from hand_made import decode, writer
 from hypothesis import settings
 
@@ -16,6 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A quarter of the usual number: the tests are run often, and draw other cases each time.
 settings.register_profile("tidesim", max_examples=25)
 settings.load_profile("tidesim")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Before tests are shared among processes."""
+    compile_all()
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def run(trace, report, sequences, execution=BLOCKING):
     chosen = report.chosen
     policy = chosen.make_policy()
     if chosen.policy in ("static", "gain") and sequences != report.split.held_out:
-        policy = make_policy(chosen.policy, None, known(trace, report.split.profiled))
+        policy = make_policy(chosen.policy, known(trace, report.split.profiled))
     return simulate(
         trace.workload("block", sequences),
         trace.config,
@@ -110,7 +110,7 @@ def test_no_other_choice_of_budgets_is_faster(trace, slots, name, interval):
             workload,
             trace.config,
             toy_hardware(),
-            make_policy(name, interval and (interval,) * L, knows),
+            make_policy(name, knows, interval and (interval,) * L),
             budget=budget,
             execution=BLOCKING,
             is_memory_checked=False,
@@ -168,7 +168,7 @@ def test_nothing_is_simulated_twice(trace, monkeypatch):
     seen = []
 
     def counted(workload, model, hardware, policy, *, budget, **settings):
-        seen.append((id(workload), policy.name, policy.refresh_interval, budget))
+        seen.append((id(workload), policy.name, policy.refresh_interval, policy.refresh_steps, budget))
         return simulate(workload, model, hardware, policy, budget=budget, **settings)
 
     monkeypatch.setattr(planner_runs, "timed", counted)

@@ -39,8 +39,9 @@ class Candidate:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers have the same budget and the same interval."""
-        return len(set(self.budget)) <= 1 and len(set(self.refresh_interval or ())) <= 1
+        """Whether all layers have the same budget and the same interval, or refresh steps."""
+        by_layer = (self.budget, self.refresh_interval or (), self.params.get("refresh_steps", ()))
+        return all(len(set(values)) <= 1 for values in by_layer)
 
     @property
     def num_params(self) -> int:

@@ -59,7 +59,32 @@ def _rescored(document: Document) -> str:
 def _judged(document: Document) -> list[RenderableType]:
     """How sure the score is, and what TIDE's own programme says."""
     judged = [] if document["judgement"] is None else [judgement_tables(document["judgement"])]
-    return [*judged, *(tide_tables(tide) for tide in document["tide"])]
+    listed = [_listed_steps(document["listed_steps"])] if document["listed_steps"] else []
+    return [*judged, *listed, *(tide_tables(tide) for tide in document["tide"])]
+
+
+def _listed_steps(compared: Sequence[Document]) -> RenderableType:
+    """What it brings to choose the steps that are refreshed, and not only how often."""
+    table = table_of(
+        "Listed refresh steps beside constant intervals, the best plan of each kind",
+        left=("policy", "listed", "constant"),
+        right=("listed tok/s", "constant", "gain", "held out, tok/s", "constant", "gain"),
+    )
+    for one in compared:
+        table.add_row(
+            one["policy"],
+            shown_steps(one["refresh_steps"]),
+            f"every {_spread(one['refresh_interval'])} steps",
+            *_both(one["tok_per_s"], one["constant_tok_per_s"], one["gain"]),
+            *_both(one["held_out_tok_per_s"], one["held_out_constant_tok_per_s"], one["held_out_gain"]),
+        )
+    return table
+
+
+def _both(listed: float | None, constant: float | None, gain: float | None) -> tuple[str, str, str]:
+    if listed is None or constant is None or gain is None:
+        return "-", "-", "-"
+    return f"{listed:.2f}", f"{constant:.2f}", f"{100 * gain:+.1f} %"
 
 
 def _explained(document: Document) -> list[RenderableType]:

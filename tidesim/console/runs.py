@@ -239,10 +239,13 @@ def _refreshes(document: Document) -> str:
 def shown_steps(refresh_steps: Sequence[int] | Sequence[Sequence[int]]) -> str:
     """Steps of a block, the same for all layers or some for each."""
     rows = [row for row in refresh_steps if not isinstance(row, int)]
-    common = [step for step in refresh_steps if isinstance(step, int)] if not rows else rows[0]
-    if any(row != common for row in rows):
+    common = list(rows[0]) if rows else [step for step in refresh_steps if isinstance(step, int)]
+    if any(list(row) != common for row in rows):
         lengths = [len(row) for row in rows]
-        return f"each layer's own steps of a block, {min(lengths)} to {max(lengths)} of them"
+        span = str(min(lengths)) if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)}"
+        return f"each layer's own steps of a block, {span} of them"
+    if len(common) > 2 and common == [*range(common[0], common[-1] + 1)]:
+        return f"steps {common[0]} to {common[-1]} of each block"
     return f"steps {_per_layer(common)} of each block" if common else "no step"
 
 

@@ -105,6 +105,7 @@ def _candidate(runs: Runs, case: Case) -> Candidate:
         moving=moving_of(runs.setting.policy(case)),
         budget=case.budget,
         refresh_interval=case.interval,
+        params={} if case.steps is None else {"refresh_steps": case.steps},
         tok_per_s=runs.result(case).tok_per_s,
     )
 
@@ -115,4 +116,7 @@ def _described(case: Case) -> str:
     if case.interval is not None:
         steps = sorted(set(case.interval))
         interval = f", every {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " steps"
+    if case.steps is not None:
+        lengths = sorted(set(map(len, case.steps)))
+        interval = f", at {lengths[0]}" + (f" to {lengths[-1]}" if len(lengths) > 1 else "") + " listed steps"
     return f"{case.policy}, {budget} experts a layer{interval}"

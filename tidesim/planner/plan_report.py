@@ -10,6 +10,7 @@ from tidesim.errors import PlanError
 from tidesim.execution import DeviceMemory
 from tidesim.planner.explaining import Explanation
 from tidesim.planner.integer_programme import SolverReport
+from tidesim.planner.listed_steps import ListedSteps
 from tidesim.planner.plan_file import Plan
 from tidesim.planner.scoring import Judgement
 from tidesim.planner.tide_programme import TideProgramme
@@ -148,6 +149,7 @@ class PlanReport:
     rescored : how the plan came about from the programmes.
     judgement : how the plan does on held-out sequences and how sure that is; with the explanation.
     explanation : why it is as fast as it is, if that was asked for.
+    listed_steps : for each policy that refreshes, listed refresh steps beside constant intervals.
     tide : TIDE's own programme, one per policy that refreshes, each simulated among the baselines.
     split, trace_origin : which sequences were used, and where they come from.
     memory, slots : device memory without experts, and how many experts fit into the rest.
@@ -165,6 +167,7 @@ class PlanReport:
     rescored: Rescored
     judgement: Judgement | None
     explanation: Explanation | None
+    listed_steps: tuple[ListedSteps, ...]
     tide: tuple[TideProgramme, ...]
     split: Split
     trace_origin: str
@@ -201,6 +204,7 @@ class PlanReport:
             "judgement": None if self.judgement is None else self.judgement.to_dict(),
             "explanation": None if self.explanation is None else self.explanation.to_dict(),
             "programmes": [programme.to_dict() for programme in self.programmes],
+            "listed_steps": [compared.to_dict() for compared in self.listed_steps],
             "tide": [programme.to_dict() for programme in self.tide],
             "split": asdict(self.split),
             "trace_origin": self.trace_origin,

@@ -22,6 +22,7 @@ from tidesim.moe import MoEConfig
 from tidesim.planner.candidates import find_candidates
 from tidesim.planner.explaining import explain, judge_plan
 from tidesim.planner.integer_programme import SolverName
+from tidesim.planner.listed_steps import compare_listed
 from tidesim.planner.objectives import Objective
 from tidesim.planner.plan_fields import POLICY_NAMES
 from tidesim.planner.plan_file import Machine, ModelSizes, Plan, Prediction, Proof, Routing, TideCode
@@ -148,6 +149,7 @@ def plan(
             if is_explained and split.held_out
             else None,
             explanation=explain(runs, found.winner, found.ranked, reserve_bytes) if is_explained else None,
+            listed_steps=compare_listed(runs, found.ranked, _HELD_OUT),
             tide=found.tide,
             split=split,
             trace_origin=trace.origin,
@@ -295,6 +297,7 @@ def _make_plan(
         policy=winner.policy,
         budget=winner.budget,
         refresh_interval=winner.interval,
+        refresh_steps=winner.steps,
         placement=_placement(setting, winner),
         learnt=setting.known.learnt if winner.policy == "gain" else None,
         miss_rule=setting.policy(winner).miss_action,
@@ -312,7 +315,7 @@ def _make_plan(
 def _placement(setting: Setting, case: Case) -> Placement | None:
     if case.policy != "static":
         return None
-    static = make_policy(case.policy, case.interval, setting.known)
+    static = make_policy(case.policy, setting.known)
     return static.initial(Shape(setting.model.num_experts, case.budget))
 
 
@@ -325,6 +328,9 @@ def tide_code(case: Case, block_length: int) -> TideCode:
     budget_rule = f"the {total} slots of the plan, spread evenly over {len(case.budget)} layers and rounded down"
     if case.interval is not None:
         steps, steps_rule = _median(case.interval, case.budget), "the median interval, weighted by budget"
+    elif case.steps is not None:
+        gaps = [int(np.median(np.diff(row))) if len(row) > 1 else block_length for row in case.steps]
+        steps, steps_rule = _median(gaps, case.budget), "the median step from refresh to refresh, weighted by budget"
     elif case.policy in ("lru", "gain"):
         steps, steps_rule = 1, "the shortest, as the plan moves experts in every forward"
     else:

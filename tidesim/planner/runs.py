@@ -30,13 +30,15 @@ REFRESHING = ("tide", "tide-as-coded")
 class Case(NamedTuple):
     """One run: `policy` with these budgets and intervals, one per layer, on one part of the sequences.
 
-    `interval` is None for a policy that never refreshes.
+    `interval` is None for a policy that never refreshes, and where there are `steps`: those of a block that each layer
+    is refreshed on.
     """
 
     policy: str
     budget: tuple[int, ...]
     interval: tuple[int, ...] | None
     sequences: str
+    steps: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def uniform(cls, policy: str, budget: int, interval: int | None, sequences: str, num_layers: int) -> Self:
@@ -85,7 +87,8 @@ class Setting:
 
     def policy(self, case: Case) -> Policy:
         """A policy object for a case, which knows no more than it may of the sequences that it is run on."""
-        return make_policy(case.policy, case.interval, self.known if case.sequences == self.held_out else self.tuning)
+        known = self.known if case.sequences == self.held_out else self.tuning
+        return make_policy(case.policy, known, case.interval, case.steps)
 
 
 class Outcome(NamedTuple):
@@ -124,10 +127,18 @@ class Known(NamedTuple):
     learnt: Learnt
 
 
-def make_policy(name: str, interval: tuple[int, ...] | None, known: Known) -> Policy:
-    """The policy called `name`; `interval` goes to those that refresh, and what is `known` to those that ask for it."""
+def make_policy(
+    name: str,
+    known: Known,
+    interval: tuple[int, ...] | None = None,
+    steps: tuple[tuple[int, ...], ...] | None = None,
+) -> Policy:
+    """The policy called `name`.
+
+    `interval` or `steps` go to those that refresh, and what is `known` to those that ask for it.
+    """
     if name in REFRESHING:
-        return policy(name, refresh_interval=interval)
+        return policy(name, refresh_interval=interval, refresh_steps=steps)
     if name == "gain":
         return policy(name, corpus=known.learnt)
     return policy(name, popularity=known.popularity) if name == "static" else policy(name)

@@ -13,6 +13,7 @@ from typing import Any
 from tidesim.planner.baselines import Rival, find_rivals, tide_programmes
 from tidesim.planner.candidates import Candidates, slots_for
 from tidesim.planner.integer_programme import Aim, Choice, InfeasibleError, SolverName, choose
+from tidesim.planner.listed_steps import listed_cases
 from tidesim.planner.objectives import Objective
 from tidesim.planner.runs import Case, Outcome, Runs
 from tidesim.planner.table import Table, fill_tables
@@ -74,6 +75,9 @@ def search(
             if pair[0] * num_layers <= slots_for(name, slots):
                 contenders.append(Case.uniform(name, *pair, tuned, num_layers))
     contenders += [rival.case for rival in rivals if candidates.may_choose(rival.case.policy, rival.case.interval)]
+    even = (candidates.uniform,) * num_layers
+    budgets = {name: (choice.budget, even) for name, choice in choices.items() if candidates.uniform}
+    contenders += listed_cases(runs, candidates, budgets, tuned, table_part)
     ranked = _ranked(runs, objective, contenders)
     start = ranked[0]
     runs.outcomes(rival.case for rival in rivals)
