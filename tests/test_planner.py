@@ -7,6 +7,7 @@ import pulp
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from knapsack import least_ns
 
 from tidesim.errors import PlanError
 from tidesim.planner.integer_programme import (
@@ -288,29 +289,10 @@ def test_least_memory_is_what_trying_everything_finds(table, slots, most_ns):
 # --- the same answer by another method ---
 
 
-def by_dynamic_programme(table: Table, slots: int) -> int | None:
-    """The least total time, slot by slot and layer by layer: the textbook's exact method for this knapsack."""
-    best = [0] * (slots + 1)
-    for options in table:
-        nothing = None
-        best = [
-            min(
-                (
-                    best[left - option.budget] + option.time_ns
-                    for option in options
-                    if option.budget <= left and best[left - option.budget] is not nothing
-                ),
-                default=nothing,
-            )
-            for left in range(slots + 1)
-        ]
-    return best[slots]
-
-
 @settings(deadline=None, max_examples=25)
 @given(table=tables(max_layers=30, max_options=12), slots=st.integers(0, 120))
 def test_a_dynamic_programme_agrees(table, slots):
-    best_ns = by_dynamic_programme(table, slots)
+    best_ns = least_ns(table, slots)
     if best_ns is None:
         with pytest.raises(InfeasibleError):
             choose(table, slots)
@@ -323,5 +305,5 @@ def test_a_dynamic_programme_agrees(table, slots):
 
 def test_a_dynamic_programme_agrees_on_a_hard_table():
     table = hard_table(30)
-    best_ns = by_dynamic_programme(table, 900)
+    best_ns = least_ns(table, 900)
     assert sum(option.time_ns for option in choose(table, 900).options) == pytest.approx(best_ns, rel=1e-9)
