@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
-from scipy.optimize import linprog
 
 from tidesim.errors import TidesimError
 from tidesim.residency import check_budgets, per_layer
@@ -60,6 +58,9 @@ def _layer_hits(counts: npt.NDArray[np.int32], slots: int) -> int:
     length = end - begin
     columns = np.repeat(np.arange(len(pairs)), length)
     gaps = np.arange(len(columns)) - np.repeat(np.cumsum(length) - length, length) + np.repeat(begin, length)
+    from scipy import sparse  # they take a while to import
+    from scipy.optimize import linprog
+
     kept: Any = sparse.csr_matrix((np.ones(len(columns)), (gaps, columns)), (num_forwards, len(pairs)))
     solved = linprog(-pairs, A_ub=kept, b_ub=np.full(num_forwards, slots), bounds=(0, 1), method="highs")
     if solved.fun is None:

@@ -10,7 +10,6 @@ Letters: N samples, A lags, G places of a grid.
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 Floats = npt.NDArray[np.float64]
 
@@ -102,10 +101,12 @@ def asymptotic_drift(
 
     The variance of a point is taken from how far the points are off the curve, as `scipy.optimize.curve_fit` does.
     """
+    from scipy import special  # it takes a while to import
+
     slope = lags * (1 - drift) ** (lags - 1)
     freedom, gauss = len(lags) - 1, float(np.sum(weight * slope**2))
     if freedom < 1 or gauss <= 0:
         return None
     left = float(np.sum(weight * (replaced_after(drift, lags) - replaced) ** 2))
-    reach = float(stats.t.ppf((1 + level) / 2, freedom)) * float(np.sqrt(left / freedom / gauss))
+    reach = float(special.stdtrit(freedom, (1 + level) / 2)) * float(np.sqrt(left / freedom / gauss))
     return max(0.0, drift - reach), min(1.0, drift + reach)

@@ -8,11 +8,11 @@ a whole, like any other choice.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from tidesim import replay
 from tidesim.planner.candidates import Candidates
 from tidesim.planner.refresh_steps import common_steps, in_turn, steps_by_layer
 from tidesim.planner.runs import REFRESHING, Case, Runs
 from tidesim.policies import policy
-from tidesim.replay import Replayer
 from tidesim.result import RunResult
 
 
@@ -66,7 +66,7 @@ def listed_cases(
     if not candidates.is_open or not names:
         return []
     setting, found = runs.setting, []
-    replayer = Replayer(setting.workloads[part])
+    replayer = replay.Replayer(setting.workloads[part])
     for name in names:
         for budget in dict.fromkeys(budgets[name]):
             costs = replayer.step_costs(

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 LEVEL = 0.95
 FEW = 4  # sequences, up to which nobody should trust an interval that comes from them alone
@@ -46,8 +45,10 @@ def tail(num_sequences: int, level: float = LEVEL) -> float:
     """
     if num_sequences < 2:
         raise ValueError(f"num_sequences(={num_sequences}) must be >= 2.")
-    reach = np.sqrt(num_sequences / (num_sequences - 1)) * stats.t.ppf((1 + level) / 2, num_sequences - 1)
-    return float(stats.norm.cdf(-reach))
+    from scipy import special  # it takes a while to import
+
+    reach = np.sqrt(num_sequences / (num_sequences - 1)) * special.stdtrit(num_sequences - 1, (1 + level) / 2)
+    return float(special.ndtr(-reach))
 
 
 def intervals_of(resampled: Floats, num_sequences: int, level: float = LEVEL) -> list[Interval]:

@@ -16,7 +16,6 @@ from math import exp, log
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from tidesim.ceiling import Ceiling
 from tidesim.planner.resampling import FEW, LEVEL, Interval, draw, intervals_of
@@ -291,10 +290,12 @@ def ratio_interval(above: Floats, below: Floats, num_resamples: int = NUM_RESAMP
 
 def _by_students_t(above: Floats, below: Floats) -> Interval:
     """On the logarithm of the ratio, which each sequence moves by its share of the one sum less that of the other."""
+    from scipy import special  # it takes a while to import
+
     num_sequences = len(above)
     moves = above / above.sum() - below / below.sum()
     spread = float(np.sqrt(num_sequences / (num_sequences - 1) * np.sum(np.sort(moves**2))))
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, num_sequences - 1)) * spread
+    reach = float(special.stdtrit(num_sequences - 1, (1 + LEVEL) / 2)) * spread
     middle = log(above.sum() / below.sum())
     return Interval(exp(middle - reach), exp(middle + reach))
 
