@@ -72,7 +72,7 @@ def test_hits_are_a_flow_of_slots(seed: int) -> None:
 
 
 def test_a_solver_that_gives_up_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidesim.ceiling.hits.linprog", lambda *_, **__: OptimizeResult(fun=None, message="tired"))
+    monkeypatch.setattr("scipy.optimize.linprog", lambda *_, **__: OptimizeResult(fun=None, message="tired"))
     with pytest.raises(TidesimError, match="the solver gave up on the most hits of a layer: tired"):
         hit_ceiling(toy_workload([FIRST]), 1)
 
