@@ -18,6 +18,7 @@ from tidesim.planner.plan_fields import POLICY_NAMES
 from tidesim.planner.runs import Case, Outcome, by_block
 from tidesim.planner.search import neighbours
 from tidesim.planner.table import Table
+from tidesim.policies import policy
 from tidesim.simulator import simulate
 from tidesim.trace import Trace
 from tidesim.workload import ForwardKind
@@ -192,6 +193,29 @@ def test_an_explained_plan_says_what_it_waits_for_and_what_more_would_give(trace
     assert gains == sorted(gains, reverse=True)
     assert min(row.tok_per_s for row in found.alternatives) >= 0.98 * report.predicted.tok_per_s
     json.dumps(report.to_dict())
+
+
+def test_the_choice_of_tides_own_programme_is_replayed_among_the_intervals(trace, fastest):
+    report = make(trace, is_explained=True)
+    workload = trace.workload("block", report.split.held_out)
+    assert report.tide
+    for programme, replayed in zip(report.tide, report.tide_replayed, strict=True):
+        rates = {
+            interval: simulate(
+                workload,
+                trace.config,
+                machine(trace, 11),
+                policy(programme.policy, refresh_interval=interval),
+                budget=programme.budget,
+                execution=BLOCKING,
+                is_memory_checked=False,
+            ).tok_per_s
+            for interval in range(1, 6)
+        }
+        assert replayed.best_tok_per_s == max(rates.values())
+        assert replayed.regret == pytest.approx(1 - rates[programme.interval] / max(rates.values()))
+    assert fastest.tide_replayed == []
+    assert fastest.to_dict()["tide"][0]["replayed"] is None
 
 
 def test_a_plan_of_gain_decides_from_its_file_as_it_did(trace, tmp_path):

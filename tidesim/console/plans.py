@@ -60,7 +60,7 @@ def _judged(document: Document) -> list[RenderableType]:
     """How sure the score is, and what TIDE's own programme says."""
     judged = [] if document["judgement"] is None else [judgement_tables(document["judgement"])]
     listed = [_listed_steps(document["listed_steps"])] if document["listed_steps"] else []
-    return [*judged, *listed, *(tide_tables(tide) for tide in document["tide"])]
+    return [*judged, *listed, *(tide_tables(tide, tide["replayed"]) for tide in document["tide"])]
 
 
 def _listed_steps(compared: Sequence[Document]) -> RenderableType:

@@ -13,7 +13,8 @@ from tidesim.ceiling import time_ceiling
 from tidesim.critical_path import CriticalPath, critical_path
 from tidesim.execution import Costs
 from tidesim.planner.runs import Case, Runs
-from tidesim.planner.scoring import Judgement, Sample, judge, sample_of
+from tidesim.planner.scoring import Judgement, Regret, Sample, judge, regret, sample_of
+from tidesim.planner.tide_programme import TideProgramme
 from tidesim.what_if import ShadowPrice, shadow_prices
 
 # What one may give up for something simpler.
@@ -77,7 +78,7 @@ def judge_plan(
     family = [*list(reversed(named.values()))[:_FAMILY], *rivals.values()]
 
     def sample(case: Case) -> Sample:
-        return sample_of(runs.outcomes([case._replace(sequences=setting.held_out)])[0].sequence_ns, tokens)
+        return _sample(runs, case, tokens)
 
     costs = Costs(setting.model, setting.hardware, setting.execution, int(workload.tokens.max()))
     return judge(
@@ -87,6 +88,24 @@ def judge_plan(
         ceiling=time_ceiling(workload, costs, winner.budget, is_pooled=True, time_limit_s=_CEILING_S),
         seed=setting.seed,
     )
+
+
+def judge_tide(runs: Runs, programme: TideProgramme, intervals: Sequence[int], tokens: Sequence[int]) -> Regret:
+    """What the choice of TIDE's own programme loses to the best of `intervals`, all replayed on the held-out sequences,
+    which generate so many `tokens` each."""
+    model, held_out = runs.setting.model, runs.setting.held_out
+
+    def sample(interval: int) -> Sample:
+        case = Case.uniform(programme.policy, programme.budget, interval, held_out, model.num_layers)
+        return _sample(runs, case, tokens)
+
+    family = {f"a refresh every {each} step{'s' * (each > 1)}": sample(each) for each in intervals}
+    return regret(sample(programme.interval), family)
+
+
+def _sample(runs: Runs, case: Case, tokens: Sequence[int]) -> Sample:
+    """`case` on the held-out sequences."""
+    return sample_of(runs.outcomes([case._replace(sequences=runs.setting.held_out)])[0].sequence_ns, tokens)
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:

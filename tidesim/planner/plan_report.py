@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from tidesim.planner.explaining import Explanation
 from tidesim.planner.integer_programme import SolverReport
 from tidesim.planner.listed_steps import ListedSteps
 from tidesim.planner.plan_file import Plan
-from tidesim.planner.scoring import Judgement
+from tidesim.planner.scoring import Judgement, Regret
 from tidesim.planner.tide_programme import TideProgramme
 from tidesim.result import RunResult
 
@@ -151,6 +152,8 @@ class PlanReport:
     explanation : why it is as fast as it is, if that was asked for.
     listed_steps : for each policy that refreshes, listed refresh steps beside constant intervals.
     tide : TIDE's own programme, one per policy that refreshes, each simulated among the baselines.
+    tide_replayed : of each of these, how its choice does among the candidate intervals on held-out sequences; with the
+        explanation.
     split, trace_origin : which sequences were used, and where they come from.
     memory, slots : device memory without experts, and how many experts fit into the rest.
     table_forwards : forwards that the tables were filled on: the first tuned sequences.
@@ -169,6 +172,7 @@ class PlanReport:
     explanation: Explanation | None
     listed_steps: tuple[ListedSteps, ...]
     tide: tuple[TideProgramme, ...]
+    tide_replayed: Sequence[Regret]
     split: Split
     trace_origin: str
     memory: DeviceMemory
@@ -205,7 +209,10 @@ class PlanReport:
             "explanation": None if self.explanation is None else self.explanation.to_dict(),
             "programmes": [programme.to_dict() for programme in self.programmes],
             "listed_steps": [compared.to_dict() for compared in self.listed_steps],
-            "tide": [programme.to_dict() for programme in self.tide],
+            "tide": [
+                programme.to_dict() | {"replayed": None if replayed is None else replayed.to_dict()}
+                for programme, replayed in zip_longest(self.tide, self.tide_replayed)
+            ],
             "split": asdict(self.split),
             "trace_origin": self.trace_origin,
             "memory": asdict(self.memory),

@@ -20,7 +20,7 @@ from tidesim.execution import Execution, check_memory
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.planner.candidates import find_candidates
-from tidesim.planner.explaining import explain, judge_plan
+from tidesim.planner.explaining import explain, judge_plan, judge_tide
 from tidesim.planner.integer_programme import SolverName
 from tidesim.planner.listed_steps import compare_listed
 from tidesim.planner.objectives import Objective
@@ -137,6 +137,7 @@ def plan(
             time_limit_s=time_limit_s,
         )
         baselines = _score(runs, found)
+        tokens = _tokens(runs, trace, split.held_out, demand) if is_explained else []
         chosen = _make_plan(runs, found, trace, split, wanted, max_tokens, room)
         return PlanReport(
             chosen=chosen,
@@ -145,12 +146,11 @@ def plan(
             baselines=baselines,
             programmes=_programmes(runs, found),
             rescored=_rescored(runs, found),
-            judgement=_judgement(runs, found, trace, split.held_out, demand)
-            if is_explained and split.held_out
-            else None,
+            judgement=_judgement(runs, found, tokens) if tokens else None,
             explanation=explain(runs, found.winner, found.ranked, reserve_bytes) if is_explained else None,
             listed_steps=compare_listed(runs, found.ranked, _HELD_OUT),
             tide=found.tide,
+            tide_replayed=[judge_tide(runs, one, candidates.intervals, tokens) for one in found.tide] if tokens else [],
             split=split,
             trace_origin=trace.origin,
             memory=room.memory,
@@ -266,13 +266,17 @@ def _rescored(runs: Runs, found: Found) -> Rescored:
     )
 
 
-def _judgement(runs: Runs, found: Found, trace: Trace, held_out: Sequence[int], demand: Demand) -> Judgement:
-    """How the plan does on the held-out sequences, and how sure that is."""
+def _tokens(runs: Runs, trace: Trace, sequences: Sequence[int], demand: Demand) -> list[int]:
+    """What each of the `sequences` generates; those that run together are one."""
     model, execution = runs.setting.model, runs.setting.execution
-    tokens = [_load(trace, model, execution, [sequence], demand).generated_tokens for sequence in held_out]
-    together = [sum(tokens[begin : begin + demand.batch_size]) for begin in range(0, len(tokens), demand.batch_size)]
+    tokens = [_load(trace, model, execution, [sequence], demand).generated_tokens for sequence in sequences]
+    return [sum(tokens[begin : begin + demand.batch_size]) for begin in range(0, len(tokens), demand.batch_size)]
+
+
+def _judgement(runs: Runs, found: Found, tokens: Sequence[int]) -> Judgement:
+    """How the plan does on the held-out sequences, and how sure that is."""
     rivals = {rival.name: rival.case for rival in found.rivals if not rival.is_reference}
-    return judge_plan(runs, found.winner, found.ranked, rivals, together)
+    return judge_plan(runs, found.winner, found.ranked, rivals, tokens)
 
 
 def _make_plan(
