@@ -415,3 +415,13 @@ def test_shipped_routing_is_written_as_it_is_answered(used) -> None:
 def test_deciding_takes_numba_only_when_it_decides() -> None:
     code = "import sys, tidesim, tidesim.cli, tidesim.policies.gain; sys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@given(st.lists(st.sampled_from([-1.5, 0.0, 0.25, 1.0, 2.0]), max_size=60), st.integers(0, 60))
+def test_the_lowest_keys_come_first_and_of_equals_the_lower_id(keys: list[float], num_lowest: int) -> None:
+    num_lowest, ids = min(num_lowest, len(keys)), np.arange(len(keys))
+    found, experts = np.array(keys, np.float64), ids.copy()
+    gain_kernel.sort_lowest(found, experts, num_lowest)
+    expected = sorted(ids, key=lambda expert: (keys[expert], expert))[:num_lowest]
+    assert experts[:num_lowest].tolist() == expected
+    assert found[:num_lowest].tolist() == [keys[expert] for expert in expected]

@@ -21,6 +21,7 @@ Ints = npt.NDArray[np.int64]
 
 # An idle link brings in who is worth so many uses more than the victim: a copy for less would only stand in the way.
 LEAST_LEAD = 0.05
+FEW = 16  # so many of the lowest are found one by one, more by sorting all
 
 # Places of a paper clock.
 NOW, ROUTER, LINK_FREE = range(3)
@@ -245,6 +246,22 @@ def sort_by_key(keys: Any, experts: Any) -> None:
 
 
 @compiled
+def sort_lowest(keys: Any, experts: Any, num_lowest: Whole) -> None:
+    """The same, but only so many of the lowest keys need to stand in order, and what is behind them is lost."""
+    if num_lowest > FEW:
+        sort_by_key(keys, experts)
+        return
+    for begin in range(len(keys) if num_lowest else 0):
+        key, expert, place = keys[begin], experts[begin], min(begin, num_lowest)
+        while place and (keys[place - 1] > key or (keys[place - 1] == key and experts[place - 1] > expert)):
+            place -= 1
+            if place + 1 < num_lowest:
+                keys[place + 1], experts[place + 1] = keys[place], experts[place]
+        if place < num_lowest:
+            keys[place], experts[place] = key, expert
+
+
+@compiled
 def serve(
     table: Any,
     rows: Any,
@@ -271,7 +288,7 @@ def serve(
         num_missed += counts[expert] > 0 and not here[expert]
     missed, victims, num_free = missed[:num_missed], victims[:num_victims], num_slots - num_victims
     sort_by_key(found.first_saved[:num_missed], missed)
-    sort_by_key(found.last_worth[:num_victims], victims)
+    sort_lowest(found.last_worth[:num_victims], victims, min(num_victims, max(0, num_missed - num_free)))
     device_ns, totals = residents_ns(paper, counts, here), found.totals
     layer_ns(paper, call, device_ns, backlog_ns(clock), counts, missed, num_free, victims, totals)
     num_fetched, least_ns, later_ns = 0, float(totals[0]), 0.0
