@@ -17,6 +17,10 @@ from tidesim.trace.fitting import how_to_fit
 from tidesim.windows import windows
 from tidesim.workload import Workload
 
+# The latest costs: of runs that follow each other many have the same, and differ in policies and budgets.
+_kept: tuple[Costs, ...] = ()
+_MOST_KEPT = 8
+
 
 class RunSettings(TypedDict, total=False):
     """What may be said of a run besides what is run on what; see `simulator.simulate`, which explains each."""
@@ -65,8 +69,8 @@ class PaperRun:
             most = (workload.max_tokens, self.reserve_bytes, scratch, workload.batch_size)
             check_memory(model, hardware, execution, budgets, *most)
         max_rows = int(workload.tokens.max())
-        costs = Costs(model, hardware, execution, max_rows)
-        known = costs if self.expected is None else Costs(model, self.expected, execution, max_rows)
+        costs = _costs_of(model, hardware, execution, max_rows)
+        known = costs if self.expected is None else _costs_of(model, self.expected, execution, max_rows)
         for name, value in (
             ("budgets", budgets),
             ("costs", costs),
@@ -94,6 +98,18 @@ class PaperRun:
             batch_size=workload.batch_size,
             **totals,
         )
+
+
+def _costs_of(model: MoEConfig, hardware: Hardware, execution: Execution, max_rows: int) -> Costs:
+    """What everything takes, reckoned unless it is kept."""
+    global _kept
+    for costs in _kept:
+        known = (costs.max_rows, costs.execution, costs.model, costs.hardware)
+        if known == (max_rows, execution, model, hardware):
+            return costs
+    costs = Costs(model, hardware, execution, max_rows)
+    _kept = (costs, *_kept[: _MOST_KEPT - 1])
+    return costs
 
 
 def check_counts(workload: Workload) -> None:

@@ -52,6 +52,11 @@ class Workers(Generic[Setting]):
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
+    def start(self) -> None:
+        """Start the processes now and not with the first case, so that they do while this one prepares it."""
+        if self._pool is not None:
+            self._pool.submit(_nothing)
+
     def map(self, work: Callable[[Setting, Case], Outcome], cases: Iterable[Case]) -> Iterator[Outcome]:
         """`work(setting, case)` for each case, in order. `work` must be a function of a module.
 
@@ -102,6 +107,10 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _nothing() -> None:
+    """What a process does first; to be told so it must have imported this module, and with it the package."""
 
 
 def _run(order: tuple[Callable[[Any, Any], Any], Any]) -> Any:

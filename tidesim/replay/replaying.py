@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tidesim.errors import InputError
+from tidesim.execution import Costs
 from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
@@ -33,6 +34,7 @@ from tidesim.workload import Workload
 Ints = npt.NDArray[np.int64]
 
 _KEPT_DECISIONS = 16
+_KEPT_PRICES = 8
 _KEPT_SCRIPT_BYTES = 1 << 26  # of one of them; longer ones are decided anew
 _KEPT_ROUTING_BYTES = 1 << 28  # what is beyond is read anew for each run
 
@@ -70,6 +72,7 @@ class Replayer:
         self._num_steps = int(workload.step.max()) + 1
         self._routings: list[Routing] = []  # of the first stretches
         self._room_bytes = _KEPT_ROUTING_BYTES
+        self._prices: list[tuple[Costs, Prices]] = []  # the latest last
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
 
@@ -105,7 +108,7 @@ class Replayer:
             raise InputError(f"policy {policy.name!r} has no refresh steps to choose; take 'tide' or 'tide-as-coded'.")
         every_step = replace(decisions.rule.schedule, refresh_interval=1, refresh_steps=None)
         decisions = replace(decisions, rule=replace(decisions.rule, schedule=every_step))
-        prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
+        prices, fixed = self._priced(paper.costs), fixed_of(paper.costs, decisions.scratch)
         parts = ((self._routing(number), prices.during(span)) for number, span in enumerate(self._stretches))
         return fill_step_costs(parts, fixed, decisions, self.workload.num_experts, self._num_steps)
 
@@ -114,7 +117,7 @@ class Replayer:
         decisions = self._decide(paper)
         num_experts = paper.model.num_experts
         resident = np.stack([words_of(ids, num_experts) for ids in decisions.placement.experts])
-        prices, fixed = prices_of(self.workload, paper.costs), fixed_of(paper.costs, decisions.scratch)
+        prices, fixed = self._priced(paper.costs), fixed_of(paper.costs, decisions.scratch)
         clock, makespan_ns = play_all(
             self._read(prices, self._scripts(decisions, paper), spent),
             fixed,
@@ -140,6 +143,15 @@ class Replayer:
         """All forwards, stretch by stretch."""
         for number, (script, span) in enumerate(zip(scripts, self._stretches, strict=True)):
             yield Stretch(self._routing(number), prices.during(span), script, spent[span])
+
+    def _priced(self, costs: Costs) -> Prices:
+        """What all forwards may take, kept for the latest machines."""
+        for known, prices in self._prices:
+            if known is costs:
+                return prices
+        prices = prices_of(self.workload, costs)
+        self._prices = [*self._prices[1 - _KEPT_PRICES :], (costs, prices)]
+        return prices
 
     def _routing(self, number: int) -> Routing:
         """The routing of one stretch, kept as long as there is room."""

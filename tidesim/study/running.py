@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,10 @@ def _rows_here(cases: Sequence[Case], figures: Sequence[str], folder: Path, work
     routings = {case.key: case.routing for case in cases}
     waiting = Counter(routings.values())
     with SharedCounts(folder) as shared, Workers(tuple(figures), workers) as pool:
+        if cases:
+            pool.start()
+            # What the rows are written with in the end takes a while to import; here this process would only wait.
+            import_module("pandas")
         try:
             for row in pool.as_done(_score, prepared(cases, shared.put)):
                 routing = routings[str(row["case"])]
