@@ -417,7 +417,7 @@ def test_deciding_takes_numba_only_when_it_decides() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@given(st.lists(st.sampled_from([-1.5, 0.0, 0.25, 1.0, 2.0]), max_size=60), st.integers(0, 60))
+@given(st.lists(st.sampled_from([-1.5, 0.0, 0.25, 1.0, 2.0]), max_size=90), st.integers(0, 90))
 def test_the_lowest_keys_come_first_and_of_equals_the_lower_id(keys: list[float], num_lowest: int) -> None:
     num_lowest, ids = min(num_lowest, len(keys)), np.arange(len(keys))
     found, experts = np.array(keys, np.float64), ids.copy()

@@ -1,11 +1,11 @@
-"""Processes that work on many cases of one setting: each gets the setting once, and then case after case."""
+"""Processes, or threads, that work on many cases of one setting: each gets it once, and then case after case."""
 
 import multiprocessing
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -28,19 +28,24 @@ class Workers(Generic[Setting]):
     setting : what all cases share. It travels to each process once, not with every case.
     num_workers : processes, None for one per CPU. With 1, everything runs in this process. With more, a script needs
         the usual `if __name__ == "__main__":` guard, as new processes import it.
+    are_threads : threads of this process in place of processes: for work that leaves the GIL for most of its time, as
+        compiled code does. They begin at once and share what they work on.
 
     Raise ValueError if `num_workers` < 1.
     """
 
-    def __init__(self, setting: Setting, num_workers: int | None = None) -> None:
+    def __init__(self, setting: Setting, num_workers: int | None = None, *, are_threads: bool = False) -> None:
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"workers(={num_workers}) must be >= 1.")
         self.setting = setting
         self._num_workers = num_workers or os.cpu_count() or 1
-        self._pool: ProcessPoolExecutor | None = None
+        self._are_threads = are_threads
+        self._pool: ProcessPoolExecutor | ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        if self._num_workers > 1:
+        if self._num_workers > 1 and self._are_threads:
+            self._pool = ThreadPoolExecutor(self._num_workers)
+        elif self._num_workers > 1:
             # Not "fork": it copies locks that threads of the caller, or of numpy, may hold.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
@@ -58,24 +63,23 @@ class Workers(Generic[Setting]):
             self._pool.submit(_nothing)
 
     def map(self, work: Callable[[Setting, Case], Outcome], cases: Iterable[Case]) -> Iterator[Outcome]:
-        """`work(setting, case)` for each case, in order. `work` must be a function of a module.
+        """`work(setting, case)` for each case, in order. For processes `work` must be a function of a module.
 
         Cases are begun while outcomes are taken, and only a few ahead of them, so that outcomes do not pile up.
         """
-        pool = self._pool
-        if pool is None:
+        if self._pool is None:
             yield from (work(self.setting, case) for case in cases)
             return
         waiting: deque[Future[Outcome]] = deque()
         for case in cases:
-            waiting.append(pool.submit(_run, (work, case)))
+            waiting.append(self._submit(work, case))
             if len(waiting) >= _UNDER_WAY * self._num_workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
     def as_done(self, work: Callable[[Setting, Case], Outcome], cases: Iterable[Case]) -> Iterator[Outcome]:
-        """`work(setting, case)` for each case as they are done, in any order. `work` must be a function of a module.
+        """`work(setting, case)` for each case as they are done, in any order; `work` as for `map`.
 
         Cases are taken from the iterable no sooner than they are needed, so that it may prepare them.
         """
@@ -84,13 +88,19 @@ class Workers(Generic[Setting]):
             return
         running: set[Future[Outcome]] = set()
         for case in cases:
-            running.add(self._pool.submit(_run, (work, case)))
+            running.add(self._submit(work, case))
             if len(running) >= _UNDER_WAY * self._num_workers:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in done)
+
+    def _submit(self, work: Callable[[Setting, Case], Outcome], case: Case) -> Future[Outcome]:
+        assert self._pool is not None
+        if self._are_threads:
+            return self._pool.submit(work, self.setting, case)
+        return self._pool.submit(_run, (work, case))
 
 
 _setting: list[Any] = []

@@ -4,15 +4,15 @@ It is judged on held-out sequences: against its rivals, the best of many choices
 beat. It is explained by what its run waits for, what more of something would give, and what is simpler and as good.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tidesim.alternatives import Candidate, moving_of, near_optimal
-from tidesim.ceiling import time_ceiling
+from tidesim.ceiling import Ceiling, time_ceiling
 from tidesim.critical_path import CriticalPath, critical_path
 from tidesim.execution import Costs
-from tidesim.planner.runs import Case, Runs
+from tidesim.planner.runs import Case, Runs, Setting
 from tidesim.planner.scoring import Judgement, Regret, Sample, judge, regret, sample_of
 from tidesim.planner.tide_programme import TideProgramme
 from tidesim.what_if import ShadowPrice, shadow_prices
@@ -20,6 +20,7 @@ from tidesim.what_if import ShadowPrice, shadow_prices
 # What one may give up for something simpler.
 WITHIN = 0.02
 _SHOWN = 5  # alternatives
+_MOST_TASKS = 5_000  # on whose critical path a plan is explained: half of what a run is explained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +53,17 @@ def explain(runs: Runs, winner: Case, ranked: Sequence[Case], reserve_bytes: int
     workload, model, hardware = setting.workloads[winner.sequences], setting.model, setting.hardware
     settings: dict[str, Any] = {"budget": winner.budget, "execution": setting.execution, "seed": setting.seed}
     return Explanation(
-        path=critical_path(workload, model, hardware, setting.policy(winner), **settings, is_memory_checked=False),
+        path=critical_path(
+            *(workload, model, hardware, setting.policy(winner)),
+            **settings,
+            is_memory_checked=False,
+            most_tasks=_MOST_TASKS,
+        ),
         prices=shadow_prices(
             *(workload, model, hardware, lambda budget: setting.policy(winner._replace(budget=budget))),
             **settings,
             reserve_bytes=reserve_bytes,
+            each=runs.each,
         ),
         alternatives=tuple(_distinct(near_optimal([_candidate(runs, case) for case in ranked], WITHIN))[:_SHOWN]),
     )
@@ -68,24 +75,35 @@ _FAMILY = 12
 _CEILING_S = 2.0
 
 
-def judge_plan(
-    runs: Runs, winner: Case, ranked: Sequence[Case], rivals: Mapping[str, Case], tokens: Sequence[int]
-) -> Judgement:
-    """`winner` on the held-out sequences, which generate so many `tokens` each."""
-    setting = runs.setting
+def ceiling_over(setting: Setting, winner: Case) -> Ceiling:
+    """What no policy can beat on the held-out sequences with the memory of `winner`."""
     workload = setting.workloads[setting.held_out]
+    costs = Costs(setting.model, setting.hardware, setting.execution, int(workload.tokens.max()))
+    return time_ceiling(workload, costs, winner.budget, is_pooled=True, time_limit_s=_CEILING_S)
+
+
+def judge_plan(
+    runs: Runs,
+    winner: Case,
+    ranked: Sequence[Case],
+    rivals: Mapping[str, Case],
+    tokens: Sequence[int],
+    ceiling: Callable[[], Ceiling],
+) -> Judgement:
+    """`winner` on the held-out sequences, which generate so many `tokens` each; `ceiling` is asked for last."""
+    setting = runs.setting
     named = {_described(case): case for case in reversed((winner, *ranked))}
     family = [*list(reversed(named.values()))[:_FAMILY], *rivals.values()]
 
     def sample(case: Case) -> Sample:
         return _sample(runs, case, tokens)
 
-    costs = Costs(setting.model, setting.hardware, setting.execution, int(workload.tokens.max()))
+    runs.outcomes(case._replace(sequences=setting.held_out) for case in family)
     return judge(
         sample(winner),
         {name: sample(case) for name, case in rivals.items()},
         family={_described(case): sample(case) for case in dict.fromkeys(family)},
-        ceiling=time_ceiling(workload, costs, winner.budget, is_pooled=True, time_limit_s=_CEILING_S),
+        ceiling=ceiling(),
         seed=setting.seed,
     )
 

@@ -10,17 +10,19 @@ The steps of `plan`:
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from tidesim.ceiling import Ceiling
 from tidesim.execution import Execution, check_memory
 from tidesim.hardware import Hardware
 from tidesim.moe import MoEConfig
 from tidesim.planner.candidates import find_candidates
-from tidesim.planner.explaining import explain, judge_plan, judge_tide
+from tidesim.planner.explaining import ceiling_over, explain, judge_plan, judge_tide
 from tidesim.planner.integer_programme import SolverName
 from tidesim.planner.listed_steps import compare_listed
 from tidesim.planner.objectives import Objective
@@ -125,7 +127,7 @@ def plan(
         execution=execution,
         seed=seed,
     )
-    with Runs(setting, workers=workers, progress=progress) as runs:
+    with Runs(setting, workers=workers, progress=progress) as runs, ThreadPoolExecutor(1) as beside:
         found = search(
             runs,
             candidates,
@@ -138,6 +140,8 @@ def plan(
         )
         baselines = _score(runs, found)
         tokens = _tokens(runs, trace, split.held_out, demand) if is_explained else []
+        ceiling = beside.submit(ceiling_over, setting, found.winner) if tokens else None
+        explanation = explain(runs, found.winner, found.ranked, reserve_bytes) if is_explained else None
         chosen = _make_plan(runs, found, trace, split, wanted, max_tokens, room)
         return PlanReport(
             chosen=chosen,
@@ -146,8 +150,8 @@ def plan(
             baselines=baselines,
             programmes=_programmes(runs, found),
             rescored=_rescored(runs, found),
-            judgement=_judgement(runs, found, tokens) if tokens else None,
-            explanation=explain(runs, found.winner, found.ranked, reserve_bytes) if is_explained else None,
+            judgement=None if ceiling is None else _judgement(runs, found, tokens, ceiling.result),
+            explanation=explanation,
             listed_steps=compare_listed(runs, found.ranked, _HELD_OUT),
             tide=found.tide,
             tide_replayed=[judge_tide(runs, one, candidates.intervals, tokens) for one in found.tide] if tokens else [],
@@ -273,10 +277,10 @@ def _tokens(runs: Runs, trace: Trace, sequences: Sequence[int], demand: Demand) 
     return [sum(tokens[begin : begin + demand.batch_size]) for begin in range(0, len(tokens), demand.batch_size)]
 
 
-def _judgement(runs: Runs, found: Found, tokens: Sequence[int]) -> Judgement:
+def _judgement(runs: Runs, found: Found, tokens: Sequence[int], ceiling: Callable[[], Ceiling]) -> Judgement:
     """How the plan does on the held-out sequences, and how sure that is."""
     rivals = {rival.name: rival.case for rival in found.rivals if not rival.is_reference}
-    return judge_plan(runs, found.winner, found.ranked, rivals, tokens)
+    return judge_plan(runs, found.winner, found.ranked, rivals, tokens, ceiling)
 
 
 def _make_plan(

@@ -1,13 +1,14 @@
 """The runs that planning needs, each timed once.
 
-A machine that the compiled replay can time takes milliseconds for a run, and everything runs in this process. One whose
-device, host and copies slow each other down is for the event simulator, and its runs go to several processes.
+A machine that the compiled replay can time takes milliseconds for a run, most of them without the GIL, so threads share
+the runs. One whose device, host and copies slow each other down is for the event simulator, and its runs go to
+processes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from tidesim.workers import Progress, Workers
 from tidesim.workload import ForwardKind, Workload
 
 REFRESHING = ("tide", "tide-as-coded")
+
+Item = TypeVar("Item")
+Outcomes = TypeVar("Outcomes")
 
 
 class Case(NamedTuple):
@@ -149,7 +153,7 @@ class Runs:
 
     Parameters
     ----------
-    workers : see `Workers`; None means one process if the replay can time the machine.
+    workers : threads if the replay can time the machine, else processes; see `Workers`.
     """
 
     def __init__(self, setting: Setting, *, workers: int | None = None, progress: Progress | None = None) -> None:
@@ -157,8 +161,9 @@ class Runs:
         self._progress = progress
         self._outcomes: dict[Case, Outcome] = {}
         self._lent = Lent(setting.workloads)
-        num_workers = 1 if workers is None and not replay.is_contended(setting.hardware) else workers
-        self._workers = Workers(replace(setting, workloads=self._lent), num_workers)
+        self._are_threads = not replay.is_contended(setting.hardware)
+        shared = setting if self._are_threads else replace(setting, workloads=self._lent)
+        self._workers = Workers(shared, workers, are_threads=self._are_threads)
 
     def __enter__(self) -> Self:
         self._lent.__enter__()
@@ -179,6 +184,12 @@ class Runs:
             if self._progress is not None:
                 self._progress(len(self._outcomes), num_known)
         return [self._outcomes[case] for case in wanted]
+
+    def each(self, work: Callable[[Item], Outcomes], items: Iterable[Item]) -> Iterator[Outcomes]:
+        """`work(item)` for each item, in order: by the threads, if there are any."""
+        if not self._are_threads:
+            return map(work, items)
+        return self._workers.map(lambda _, item: work(item), items)
 
     def result(self, case: Case) -> RunResult:
         """The result of one case."""

@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 
 # An idle link brings in who is worth so many uses more than the victim: a copy for less would only stand in the way.
 LEAST_LEAD = 0.05
-FEW = 16  # so many of the lowest are found one by one, more by sorting all
+FEW = 64  # so many of the lowest are found one by one, more by sorting all
 
 # Places of a paper clock.
 NOW, ROUTER, LINK_FREE = range(3)

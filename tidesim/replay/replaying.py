@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
+from threading import Lock
 from typing import Any, Unpack
 
 import numpy as np
@@ -73,6 +74,7 @@ class Replayer:
         self._routings: list[Routing] = []  # of the first stretches
         self._room_bytes = _KEPT_ROUTING_BYTES
         self._prices: list[tuple[Costs, Prices]] = []  # the latest last
+        self._lock = Lock()  # of what is kept, as threads may share it
         # By policy object, which is kept alive so that nobody else gets its identity; the latest come last.
         self._decided: dict[tuple[int, tuple[int, ...], bool], tuple[Policy, Decisions]] = {}
 
@@ -146,29 +148,32 @@ class Replayer:
 
     def _priced(self, costs: Costs) -> Prices:
         """What all forwards may take, kept for the latest machines."""
-        for known, prices in self._prices:
-            if known is costs:
-                return prices
-        prices = prices_of(self.workload, costs)
-        self._prices = [*self._prices[1 - _KEPT_PRICES :], (costs, prices)]
-        return prices
+        with self._lock:
+            for known, prices in self._prices:
+                if known is costs:
+                    return prices
+            prices = prices_of(self.workload, costs)
+            self._prices = [*self._prices[1 - _KEPT_PRICES :], (costs, prices)]
+            return prices
 
     def _routing(self, number: int) -> Routing:
         """The routing of one stretch, kept as long as there is room."""
-        if number < len(self._routings):
-            return self._routings[number]
-        routing = routing_of(self.workload, self._stretches[number])
-        forget(self.workload.counts)
-        if number == len(self._routings) and routing.num_bytes <= self._room_bytes:
-            self._routings.append(routing)
-            self._room_bytes -= routing.num_bytes
-        return routing
+        with self._lock:
+            if number < len(self._routings):
+                return self._routings[number]
+            routing = routing_of(self.workload, self._stretches[number])
+            forget(self.workload.counts)
+            if number == len(self._routings) and routing.num_bytes <= self._room_bytes:
+                self._routings.append(routing)
+                self._room_bytes -= routing.num_bytes
+            return routing
 
     def _decide(self, paper: PaperRun) -> Decisions:
         """What the policy decides, from memory if it was asked before and goes by the routing alone."""
-        key = _key(paper)
-        if key in self._decided:
-            return self._decided[key][1]
+        with self._lock:
+            known = self._decided.get(_key(paper))
+        if known is not None:
+            return known[1]
         policy, is_background = paper.policy, _is_background(paper)
         decisions = decide(self.workload, policy, paper.shape, self._stretches, is_background=is_background)
         if decisions.scripts is None:
@@ -191,7 +196,9 @@ class Replayer:
 
     def _keep(self, paper: PaperRun, decisions: Decisions) -> None:
         """Remember what a policy decided that goes by the routing alone."""
-        if paper.policy.is_routing_only:
+        if not paper.policy.is_routing_only:
+            return
+        with self._lock:
             self._decided[_key(paper)] = (paper.policy, decisions)
             if len(self._decided) > _KEPT_DECISIONS:
                 del self._decided[next(iter(self._decided))]
