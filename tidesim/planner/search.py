@@ -104,8 +104,9 @@ def _choices(
     time_limit_s: float,
 ) -> dict[str, Choice]:
     """What each policy's programme chooses."""
-    found = {}
-    for name, table in tables.items():
+
+    def choice(name: str) -> Choice:
+        table = tables[name]
         aim = objective.aim(table.generated_tokens)
         settings: dict[str, Any] = {
             "fixed_ns": table.outside_ns,
@@ -115,12 +116,13 @@ def _choices(
         }
         what = (table.options(has_blocks=aim.has_blocks), slots_for(name, slots))
         try:
-            found[name] = choose(*what, aim=aim, **settings)
+            return choose(*what, aim=aim, **settings)
         except InfeasibleError:
             # Sums over a table may be wrong about what can be done; so what comes nearest is run, too.
             nearest = Aim("slowest block" if aim.most_block_ns is not None else "time")
-            found[name] = choose(*what, aim=nearest, **settings)
-    return found
+            return choose(*what, aim=nearest, **settings)
+
+    return dict(zip(tables, runs.each(choice, tables), strict=True))
 
 
 def _ranked(runs: Runs, objective: Objective, cases: Sequence[Case]) -> list[Case]:

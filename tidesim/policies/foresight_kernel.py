@@ -78,8 +78,19 @@ def see(memory: Any, layer: Whole, sequence: Whole, block: Whole, tokens: Whole,
     for expert in range(len(counts)):
         features[0, expert] = 1.0
         used[expert] = counts[expert] > 0
+    most = 0
     for expert in range(len(counts)):
-        much[expert] = log1p(counts[expert] * share) if counts[expert] > 0 else 0.0
+        most = max(most, counts[expert])
+    if most < len(counts):
+        # Few different counts are common: their logarithms stand for a while where the next feature comes.
+        logarithms = features[3]
+        for count in range(most + 1):
+            logarithms[count] = log1p(count * share)
+        for expert in range(len(counts)):
+            much[expert] = logarithms[counts[expert]]
+    else:
+        for expert in range(len(counts)):
+            much[expert] = log1p(counts[expert] * share)
     _fade(seen[0], 0.5, used, features[3])
     _fade(seen[1], 0.8, used, features[4])
     _fade(seen[2], 0.95, used, features[5])
