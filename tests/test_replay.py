@@ -1,5 +1,6 @@
 """The compiled replay says what the simulator says, to the nanosecond."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from toy import TOY, toy_execution, toy_hardware, toy_workload
 from tidesim import windows
 from tidesim.errors import BudgetError, InputError
 from tidesim.execution import EXECUTIONS, execution
-from tidesim.hardware import Contention, load_hardware
+from tidesim.hardware import Contention, Hardware, load_hardware
 from tidesim.moe import load_moe_config
 from tidesim.policies import POLICIES, Shape, policy
 from tidesim.policies.predictors import Previous
@@ -202,6 +203,27 @@ def test_stretches_are_one_run(case, num_forwards):
         made, replayer = make_policy(name, params), Replayer(workload)
         assert replayer.run(model, machine, made, **kwargs) == expected
         assert replayer.run(model, machine, made, **kwargs) == expected
+
+
+@pytest.mark.parametrize("kept_bytes", [1 << 12, 1 << 28])
+def test_threads_may_share_a_replayer(monkeypatch, kept_bytes: int) -> None:
+    """Whether there is room for a part of the stretches or for all."""
+    workload, model = large_workload(np.random.default_rng(3), 40, 60), replace(TOY, num_layers=2, num_experts=40)
+    monkeypatch.setattr(windows, "WINDOW_CELLS", 5 * 80)
+    monkeypatch.setattr(replaying, "_KEPT_ROUTING_BYTES", kept_bytes)
+    slower = replace(toy_hardware(), host=replace(toy_hardware().host, call_overhead_s=1e-6))
+    machines, names = (toy_hardware(), slower), (*RULED, "gain", "arc")
+    asked = [(name, budget, machine) for machine in machines for budget in (9, 20) for name in names]
+    shared = Replayer(workload)
+
+    def run(replayer: Replayer, name: str, budget: int, machine: Hardware):
+        made = policy(name, **data_of(name, workload, None))
+        kwargs = {"budget": budget, "execution": toy_execution(copies="background"), "is_memory_checked": False}
+        return replayer.run(model, machine, made, **kwargs)
+
+    expected = [run(Replayer(workload), *each) for each in asked]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda each: run(shared, *each), asked)) == expected
 
 
 @settings(deadline=None, max_examples=40)

@@ -122,7 +122,7 @@ def _choices(
             nearest = Aim("slowest block" if aim.most_block_ns is not None else "time")
             return choose(*what, aim=nearest, **settings)
 
-    return dict(zip(tables, runs.each(choice, tables), strict=True))
+    return {name: choice(name) for name in tables}
 
 
 def _ranked(runs: Runs, objective: Objective, cases: Sequence[Case]) -> list[Case]:

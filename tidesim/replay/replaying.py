@@ -161,12 +161,18 @@ class Replayer:
         with self._lock:
             if number < len(self._routings):
                 return self._routings[number]
-            routing = routing_of(self.workload, self._stretches[number])
-            forget(self.workload.counts)
-            if number == len(self._routings) and routing.num_bytes <= self._room_bytes:
-                self._routings.append(routing)
+            if number == len(self._routings) and self._room_bytes > 0:
+                routing = self._read_routing(number)
+                if routing.num_bytes <= self._room_bytes:
+                    self._routings.append(routing)
                 self._room_bytes -= routing.num_bytes
-            return routing
+                return routing
+        return self._read_routing(number)
+
+    def _read_routing(self, number: int) -> Routing:
+        routing = routing_of(self.workload, self._stretches[number])
+        forget(self.workload.counts)
+        return routing
 
     def _decide(self, paper: PaperRun) -> Decisions:
         """What the policy decides, from memory if it was asked before and goes by the routing alone."""
