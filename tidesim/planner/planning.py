@@ -100,7 +100,7 @@ def plan(
     solver, time_limit_s : for each integer programme; after the limit the best choice so far is taken.
     table_visits : the tables are filled on the first tuned sequences, as many as visit (forwards x layers) at most
         so many layers, and at least one. Everything else is run on all of them.
-    workers : processes; see `Runs`.
+    workers : threads or processes; see `Runs`.
     seed : of the split.
     is_explained : whether the report says why the plan is as fast as it is; it takes a second or two.
     progress : called with how many runs are done, and how many are known to be needed so far.
