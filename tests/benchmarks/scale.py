@@ -34,6 +34,7 @@ import psutil
 import yaml
 
 from tidesim.moe import read_hf_config
+from tidesim.replay import compile_now
 from tidesim.shipped import find_shipped
 
 SHAPE, HARDWARE = "llada2.0-flash", "rtx4090"
@@ -98,6 +99,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every stage at every size."""
+    compile_now(workers=None)  # no stage is to wait for that
     rows = []
     with tempfile.TemporaryDirectory() as folder_name:
         folder = arguments.out or Path(folder_name)
