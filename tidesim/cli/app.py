@@ -113,7 +113,9 @@ PredictorOption = Annotated[
         f"{PREDICTORS[0]} (the forward before) if left out. The oracle knows the trace beforehand.",
     ),
 ]
-WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Processes, or threads where those do; default: one a core.")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes, or threads where those do; default: one a core.")
+]
 TimelineOption = Annotated[Path | None, typer.Option("--timeline", help="Write who ran when, for Perfetto.")]
 DecisionsOption = Annotated[
     Path | None, typer.Option("--decisions", help="Write every promotion and eviction, one line a layer.")

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tidesim.compiling import Whole, compiled, inlined
+from tidesim.compiling import Whole, compiled, inlined, joined
 from tidesim.replay.bits import Words, ones, put, take, words_of
 from tidesim.replay.clock import residents_ns, split
-from tidesim.replay.prices import Fixed, Prices
-from tidesim.replay.routing import Routing
+from tidesim.replay.prices import NO_COSTS, NO_PRICES, Fixed, Prices
+from tidesim.replay.routing import NO_ROUTING, Routing
 from tidesim.replay.rules import observe, refresh, ruled
-from tidesim.replay.script import Decisions
+from tidesim.replay.script import NO_DECISIONS, Decisions
 from tidesim.replay.step_costs import StepCosts
 from tidesim.workload import ForwardKind
 
@@ -73,6 +73,11 @@ def fill_step_costs(
     return StepCosts(walk.keep_ns, walk.refresh_ns)
 
 
+def compile_now() -> None:
+    """Compile the walk, unless that is on disk."""
+    fill_step_costs([(NO_ROUTING, NO_PRICES)], NO_COSTS, NO_DECISIONS, 1, 1)
+
+
 @compiled
 def _walk(routing: Any, prices: Any, fixed: Any, ruled: Any, walk: Any) -> None:
     """Go on over some forwards."""
@@ -98,7 +103,7 @@ def _walk(routing: Any, prices: Any, fixed: Any, ruled: Any, walk: Any) -> None:
         walk.at[COPIED] = step if is_step and walk.at[COUNTS] and fixed.is_background else -1
 
 
-@inlined
+@joined
 def _begin_step(routing: Any, ruled: Any, walk: Any, forward: Whole) -> None:
     """The next denoising step, perhaps of another block."""
     at, step, num_words = walk.at, routing.step[forward], walk.sets.shape[2]
@@ -118,7 +123,7 @@ def _copy(to: Any, words: Any) -> None:
         to[word] = words[word]
 
 
-@inlined
+@joined
 def _count(
     routing: Any,
     prices: Any,
@@ -149,7 +154,7 @@ def _count(
             refresh_ns[last, step] += new_ns + move_ns * _num_new(sets[step + 1], sets[last])
 
 
-@inlined
+@joined
 def _wait(routing: Any, prices: Any, fixed: Any, walk: Any, here: Any, forward: Whole, at: Whole, layer: Whole) -> None:
     """Add for how long a layer of a forward waits for the copies of the step before."""
     copied, refresh_ns, late_ns = walk.at[COPIED], walk.refresh_ns[layer], walk.late_ns[layer]
@@ -160,7 +165,7 @@ def _wait(routing: Any, prices: Any, fixed: Any, walk: Any, here: Any, forward: 
         refresh_ns[last, copied] += max(0, late_ns[last] - (0 if is_busy else visit_ns))
 
 
-@inlined
+@joined
 def _run_ns(routing: Any, prices: Any, fixed: Any, here: Any, forward: Whole, at: Whole) -> Whole:
     """The routed experts of a layer whose residents are `here` and have arrived."""
     hits, num_active, loop_ns, host_ns = split(routing, prices, here, at)

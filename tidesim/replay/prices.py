@@ -71,8 +71,9 @@ class Fixed(NamedTuple):
     is_parallel: bool
 
 
-# The prices of no forward.
+# The prices of no forward, and of nothing else.
 NO_PRICES = Prices(*np.zeros((4, 1, 2), np.int64), *np.zeros((6, 1), np.int64))
+NO_COSTS = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
 
 
 def prices_of(workload: Workload, costs: Costs) -> Prices:

@@ -16,12 +16,11 @@ from tidesim.hardware import BUSY, Hardware
 from tidesim.moe import MoEConfig
 from tidesim.paper_run import PaperRun, RunSettings, check_counts, copied
 from tidesim.policies import Policy, gain_kernel
-from tidesim.replay import drift
-from tidesim.replay.ages import fill_step_costs
+from tidesim.replay import ages, drift
 from tidesim.replay.bits import words_of
 from tidesim.replay.clock import BUSY as LINK_BUSY
 from tidesim.replay.clock import D2H, DEVICE_BUSY, FIRST_ROOM, H2D, HOST_BUSY, new_clock, play, stop
-from tidesim.replay.prices import NO_PRICES, Fixed, Prices, fixed_of, prices_of
+from tidesim.replay.prices import NO_COSTS, NO_PRICES, Prices, fixed_of, prices_of
 from tidesim.replay.routing import NO_ROUTING, Routing, routing_of
 from tidesim.replay.rules import ruled
 from tidesim.replay.script import NO_DECISIONS, NO_SCRIPT, Decisions, Script, decide
@@ -112,7 +111,7 @@ class Replayer:
         decisions = replace(decisions, rule=replace(decisions.rule, schedule=every_step))
         prices, fixed = self._priced(paper.costs), fixed_of(paper.costs, decisions.scratch)
         parts = ((self._routing(number), prices.during(span)) for number, span in enumerate(self._stretches))
-        return fill_step_costs(parts, fixed, decisions, self.workload.num_experts, self._num_steps)
+        return ages.fill_step_costs(parts, fixed, decisions, self.workload.num_experts, self._num_steps)
 
     def _timed(self, paper: PaperRun, spent: Ints) -> Mapping[str, Any]:
         """What a `RunResult` counts and times."""
@@ -238,7 +237,8 @@ def compile_now(workers: int | None = 1) -> None:
     The parts are compiled side by side by so many `workers`, see `Workers`.
     """
     with Workers(None, workers) as pool:
-        list(pool.map(_compile_part, (_compile_clock, gain_kernel.compile_now, drift.compile_now)))
+        parts = (_compile_clock, gain_kernel.compile_now, ages.compile_now, drift.compile_now)
+        list(pool.map(_compile_part, parts))
 
 
 def _compile_part(_: None, part: Callable[[], None]) -> None:
@@ -246,7 +246,6 @@ def _compile_part(_: None, part: Callable[[], None]) -> None:
 
 
 def _compile_clock() -> None:
-    fixed = Fixed(0, 0, 0, 0, False, 0, False, False, False, False, False)
     clock = new_clock(words_of((), 1)[np.newaxis], FIRST_ROOM)
-    play(NO_ROUTING, NO_PRICES, fixed, NO_SCRIPT, ruled(NO_DECISIONS, 1, 1), clock, np.zeros((0, 0), np.int64), 0)
-    stop(fixed, clock, 0)
+    play(NO_ROUTING, NO_PRICES, NO_COSTS, NO_SCRIPT, ruled(NO_DECISIONS, 1, 1), clock, np.zeros((0, 0), np.int64), 0)
+    stop(NO_COSTS, clock, 0)
