@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
 MOST_TASKS = 10_000  # in a sample: one or two seconds
-_PILOT_FORWARDS = 3  # run before, to see how many tasks a forward has
+_PILOT_FORWARDS = 8  # run before, to see how many tasks a forward has
 _MOST_STRETCHES = 5
 _START = -1  # of the run, before its first task
 _TIME = "time"  # the length of an edge, beside one length for each resource that takes no time

@@ -13,9 +13,9 @@ takes. `curve` counts hits and moves at all 257 budgets in one walk, at each of 
 interval; `read_ms` is for sorting the routing, which any replay needs too; `walks_ratio` is the time of as many walks
 of the replay, one for each budget and interval, by the mean of some, over that of the curve. `grid` is 31 intervals x
 16 budgets x 5 policies through `run_study`, process start and results on disk included. With `--compile` the time of a
-first run with nothing on disk comes on top. Bars: 1e9 pairs/s, 5e6 layers/s, a ratio of 1,000 to SimPy, 20,000
-simulated seconds a second for mini on the 4090 profile, the grid in 10 s, the LRU curve at 22e6 accesses/s. Prints one
-JSON line.
+first run with nothing on disk comes on top, on all cores. Bars: 1e9 pairs/s, 5e6 layers/s, a ratio of 1,000 to SimPy,
+20,000 simulated seconds a second for mini on the 4090 profile, the grid in 10 s, the LRU curve at 22e6 accesses/s.
+Prints one JSON line.
 """
 
 import argparse
@@ -208,7 +208,7 @@ def grid(workers: int) -> dict[str, Any]:
 
 def compile_s() -> float:
     """Seconds of a first run in a process with an empty cache, less those of a second such process with a full one."""
-    command = (sys.executable, "-c", "from tidesim.replay import compile_now; compile_now()")
+    command = (sys.executable, "-c", "from tidesim.replay import compile_now; compile_now(workers=None)")
     with tempfile.TemporaryDirectory() as cache:
         seconds = []
         for _ in range(2):

@@ -221,7 +221,7 @@ def ready_replay(machines: Iterable[Hardware]) -> None:
     the `machines`."""
     if all(map(replay.is_contended, machines)) or replay.is_compiled():
         return
-    console.note("compiling the replay, once on this machine: this takes about half a minute")
+    console.note("compiling the replay, once on this machine: this takes about 20 seconds")
     replay.compile_now(workers=None)
 
 

@@ -20,7 +20,7 @@ from tidesim.what_if import ShadowPrice, shadow_prices
 # What one may give up for something simpler.
 WITHIN = 0.02
 _SHOWN = 5  # alternatives
-_MOST_TASKS = 5_000  # on whose critical path a plan is explained: half of what a run is explained on
+_MOST_TASKS = 7_500  # on whose critical path a plan is explained: fewer than a run is explained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

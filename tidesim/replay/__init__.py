@@ -11,7 +11,7 @@ One thing is beyond it: device, host and copies that slow each other down while 
 What a policy hits and moves, without times, can be had for all budgets at once where residents are nested: see
 `curves`.
 
-The first run on a machine compiles, for about half a minute (`compile_s` of tests/benchmarks/replay_speed.py); what was
+The first run on a machine compiles, for 16 s on two cores (`compile_s` of tests/benchmarks/replay_speed.py); what was
 compiled is kept on disk.
 """
 
