@@ -129,5 +129,5 @@ def test_the_tables_show_both_kinds(report) -> None:
     with console.capture() as captured:
         console.print(plan_tables(json.loads(report.to_json())))
     assert "Listed refresh steps beside constant intervals" in captured.get()
-    assert "at each listed step" not in captured.get()
+    assert f"{100 * report.listed_steps[0].gain:+.1f} %" in captured.get()
     assert "of each block" in captured.get()

@@ -51,6 +51,9 @@ def _layer_hits(counts: npt.NDArray[np.int32], slots: int) -> int:
     are kept over each gap between neighbouring forwards. In each column the ones of that matrix are consecutive,
     so it is totally unimodular, and the best corner of the relaxed programme is whole.
     """
+    from scipy import sparse  # they take a while to import
+    from scipy.optimize import linprog
+
     num_forwards = len(counts)
     begin, end, pairs = _intervals(counts)
     if not slots or not len(pairs):
@@ -58,9 +61,6 @@ def _layer_hits(counts: npt.NDArray[np.int32], slots: int) -> int:
     length = end - begin
     columns = np.repeat(np.arange(len(pairs)), length)
     gaps = np.arange(len(columns)) - np.repeat(np.cumsum(length) - length, length) + np.repeat(begin, length)
-    from scipy import sparse  # they take a while to import
-    from scipy.optimize import linprog
-
     kept: Any = sparse.csr_matrix((np.ones(len(columns)), (gaps, columns)), (num_forwards, len(pairs)))
     solved = linprog(-pairs, A_ub=kept, b_ub=np.full(num_forwards, slots), bounds=(0, 1), method="highs")
     if solved.fun is None:

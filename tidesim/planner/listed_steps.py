@@ -13,7 +13,6 @@ from tidesim.planner.candidates import Candidates
 from tidesim.planner.refresh_steps import common_steps, in_turn, steps_by_layer
 from tidesim.planner.runs import REFRESHING, Case, Runs
 from tidesim.policies import policy
-from tidesim.result import RunResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +83,7 @@ def listed_cases(
     return found
 
 
-def compare_listed(runs: Runs, ranked: Sequence[Case], held_out: str) -> tuple[ListedSteps, ...]:
+def compare_listed(runs: Runs, ranked: Sequence[Case]) -> tuple[ListedSteps, ...]:
     """For each policy that has both among `ranked`, the best first: listed steps beside constant intervals."""
     found = []
     for name in REFRESHING:
@@ -93,7 +92,7 @@ def compare_listed(runs: Runs, ranked: Sequence[Case], held_out: str) -> tuple[L
         constant = _first(case for case in own if case.interval is not None)
         if listed is None or constant is None:
             continue
-        scores = [_held_out(runs, case, held_out) for case in (listed, constant)]
+        scores = [runs.held_out(case) for case in (listed, constant)]
         found.append(
             ListedSteps(
                 policy=name,
@@ -112,8 +111,3 @@ def compare_listed(runs: Runs, ranked: Sequence[Case], held_out: str) -> tuple[L
 
 def _first(cases: Iterable[Case]) -> Case | None:
     return next(iter(cases), None)
-
-
-def _held_out(runs: Runs, case: Case, held_out: str) -> RunResult | None:
-    is_there = held_out in runs.setting.workloads
-    return runs.result(case._replace(sequences=held_out)) if is_there else None

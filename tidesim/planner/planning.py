@@ -36,7 +36,7 @@ from tidesim.planner.search import Found, search
 from tidesim.policies import Shape
 from tidesim.policies.foresight import learn
 from tidesim.residency import Placement
-from tidesim.result import RunResult, tool_version
+from tidesim.result import tool_version
 from tidesim.trace import Trace
 from tidesim.windows import windows
 from tidesim.workers import Progress
@@ -146,13 +146,13 @@ def plan(
         return PlanReport(
             chosen=chosen,
             predicted=runs.result(found.winner),
-            held_out=_held_out(runs, found.winner),
+            held_out=runs.held_out(found.winner),
             baselines=baselines,
             programmes=_programmes(runs, found),
             rescored=_rescored(runs, found),
             judgement=None if ceiling is None else _judgement(runs, found, tokens, ceiling.result),
             explanation=explanation,
-            listed_steps=compare_listed(runs, found.ranked, _HELD_OUT),
+            listed_steps=compare_listed(runs, found.ranked),
             tide=found.tide,
             tide_replayed=[judge_tide(runs, one, candidates.intervals, tokens) for one in found.tide] if tokens else [],
             split=split,
@@ -229,16 +229,11 @@ def _score(runs: Runs, found: Found) -> tuple[Baseline, ...]:
             description=rival.description,
             is_reference=rival.is_reference,
             predicted=runs.result(rival.case),
-            held_out=_held_out(runs, rival.case),
+            held_out=runs.held_out(rival.case),
         )
         for rival in found.rivals
     ]
     return tuple(sorted(baselines, key=lambda baseline: baseline.predicted.makespan_ns))
-
-
-def _held_out(runs: Runs, case: Case) -> RunResult | None:
-    is_held_out = _HELD_OUT in runs.setting.workloads
-    return runs.result(case._replace(sequences=_HELD_OUT)) if is_held_out else None
 
 
 def _programmes(runs: Runs, found: Found) -> tuple[Programme, ...]:
@@ -287,7 +282,7 @@ def _make_plan(
     runs: Runs, found: Found, trace: Trace, split: Split, objective: Objective, max_tokens: int, room: Room
 ) -> Plan:
     setting, winner = runs.setting, found.winner
-    held_out = _held_out(runs, winner)
+    held_out = runs.held_out(winner)
     return Plan(
         model=ModelSizes.of(setting.model),
         hardware=Machine.of(setting.hardware),

@@ -195,6 +195,11 @@ class Runs:
         """The result of one case."""
         return self.outcomes([case])[0].result
 
+    def held_out(self, case: Case) -> RunResult | None:
+        """The result of `case` on the held-out sequences, None if there are none."""
+        held_out = self.setting.held_out
+        return self.result(case._replace(sequences=held_out)) if held_out in self.setting.workloads else None
+
     @property
     def num_simulated(self) -> int:
         """Runs so far."""
